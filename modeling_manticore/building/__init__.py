@@ -1,0 +1,1 @@
+"""The workshop that makes hybrids: composing, calibrating, discretizing. Nothing that runs a hybrid imports it."""

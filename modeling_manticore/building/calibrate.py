@@ -1,0 +1,271 @@
+"""Projectors in closed form: ridge regressions between hidden states, with no gradient step (design, section 4)."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..mixing_manticore import Junction, Projector, junctions, pad
+from .ridge import Regression
+from .states import Batch, ComponentStates, block_and_head_gates, boundaries, stem_and_block_gates
+from .texts import batches_of
+
+
+logger = logging.get_logger(__name__)
+
+ORDERS = ("sequential", "parallel")
+HELD_OUT_EVERY = 8
+TOKENS_PER_WIDTH = 20
+SMALLEST_SHARE = 1e-3  # a projector whose gate leaves it less than this says nothing and is left alone
+
+
+@dataclass
+class ProjectorFit:
+    """Fit of one projector: R^2 on held-out tokens, the ridge strength chosen, and the tokens used."""
+
+    projector: str
+    fit: float
+    strength: float
+    tokens: int
+
+
+@dataclass
+class CalibrationReport:
+    """What `calibrate` did: one `ProjectorFit` per fitted projector, and the tokens read."""
+
+    order: str
+    tokens: int = 0
+    fits: list[ProjectorFit] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        width = max([len(fit.projector) for fit in self.fits] + [len("projector")])
+        lines = [f"{'projector':<{width}}  held-out fit  strength  tokens"]
+        lines += [f"{f.projector:<{width}}  {f.fit:12.4f}  {f.strength:8.0e}  {f.tokens:6d}" for f in self.fits]
+        return "\n".join(lines)
+
+
+@dataclass
+class Problem:
+    """One projector to fit: `pair` gives its input and target states of a batch, (batch, tokens, width) each."""
+
+    name: str
+    projector: Projector
+    pair: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    texts: Any,
+    tokenizer: Any = None,
+    *,
+    order: str = "sequential",
+    batch_size: int = 8,
+    progress: bool = True,
+    components: PreTrainedModel | None = None,
+) -> CalibrationReport:
+    """
+    Fit all projectors of a hybrid by ridge regression on ordinary text, in place.
+
+    In a supernet the stream becomes the hidden space of a reference component (the widest, then the first):
+    out-projectors map each component's states to the reference's at the same boundary, in-projectors back, each inside
+    its gated formula at the current mixture weights. In a discretized hybrid each bridge maps the states of the hybrid
+    itself, all earlier bridges in place, to the next component's own states (`order="sequential"`, one pass a bridge), or
+    the previous component's own states (`order="parallel"`, one pass in all).
+
+    Args:
+        texts: LongTensor (rows, tokens), rows of ids, strings, or a `datasets.Dataset`; a few hundred rows.
+        tokenizer: for strings; by default that of the hybrid's tokenizer component.
+        components: a hybrid that holds the uncut components, where `model` itself does not; by default they are loaded
+            from their recorded sources.
+
+    Returns:
+        The held-out fit and chosen strength of every projector. Memory holds the activations of one batch only.
+
+    Raises:
+        ValueError: bad texts or options, or component states that cannot be had. Nothing has been changed then.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order: got {order!r}, allowed are {', '.join(map(repr, ORDERS))}.")
+    batches = batches_of(texts, model, tokenizer, batch_size)
+    states = ComponentStates(model.config, [model] if components is None else [components, model])
+    plan = junctions(model.config)
+    sequential = order == "sequential" and model.config.is_discretized
+    states.check({end.component for j in plan if any(j.has_in) or j.has_out for end in (*j.sources, *j.targets)})
+    report = CalibrationReport("sequential" if sequential else "parallel")
+    report.tokens = sum(batch.tokens(batch.input_ids[..., None]).shape[0] for batch in batches)
+    was_training = model.training
+    model.eval()
+    try:
+        steps = _bridge_steps(model, plan, states) if sequential else [_parallel_problems(model, plan, states)]
+        for problems in steps:
+            if problems:
+                report.fits += _fit(problems, batches, report.tokens, progress)
+    finally:
+        model.train(was_training)
+    return report
+
+
+@torch.no_grad()
+def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: bool) -> list[ProjectorFit]:
+    """One pass over the text for all given projectors, then solve and write them."""
+    regressions = []
+    for problem in problems:
+        projector = problem.projector
+        if tokens < TOKENS_PER_WIDTH * projector.in_features:
+            logger.warning(
+                f"{problem.name}: calibrated on {tokens} tokens, fewer than {TOKENS_PER_WIDTH} times its width "
+                f"{projector.in_features}; use more text."
+            )
+        regressions.append(Regression(projector.in_features, projector.out_features, projector.weight.device))
+    every = min(HELD_OUT_EVERY, len(batches))
+    for i, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
+        memory: dict = {}
+        for problem, regression in zip(problems, regressions):
+            x, y = problem.pair((batch, memory))
+            regression.add(batch.tokens(x), batch.tokens(y), held_out=i % every == every - 1)
+    fits = []
+    for problem, regression in zip(problems, regressions):
+        solution = regression.solve()
+        problem.projector.weight.copy_(solution.weight)
+        problem.projector.bias.copy_(solution.bias)
+        fits.append(ProjectorFit(problem.name, solution.fit, solution.strength, solution.tokens))
+    return fits
+
+
+def _bridge_steps(model: PreTrainedModel, plan: list[Junction], states: ComponentStates) -> Iterator[list[Problem]]:
+    """Bridges in order of depth: from the hybrid's own state to the next component's own state."""
+    for index, junction in enumerate(plan):
+        if not junction.has_in[0]:
+            continue
+        target = junction.targets[0]
+
+        def pair(given, index=index, target=target):
+            batch, _ = given
+            for i, boundary in enumerate(boundaries(model, batch)):
+                if i == index:
+                    position = target.position
+                    return boundary.states[0], states.run(target.component, batch, [position])[position]
+
+        name, projector = _in_projectors(model, index)[0]
+        yield [Problem(name, projector, pair)]
+
+
+def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: ComponentStates) -> list[Problem]:
+    """Every projector from the components' own states, all in one pass; identity where nothing has to be mapped."""
+    config = model.config
+    reference = _reference(config)
+    wanted: dict[int, set] = {}
+
+    def own(end_component: int, position: tuple):
+        wanted.setdefault(end_component, set()).add(position)
+
+        def read(given):
+            batch, memory = given
+            if end_component not in memory:
+                memory[end_component] = states.run(end_component, batch, wanted[end_component])
+            return memory[end_component][position]
+
+        return read
+
+    problems = []
+    source_gates, target_gates = stem_and_block_gates(model), block_and_head_gates(model)
+    for index, junction in enumerate(plan):
+        position = _reference_position(config, reference, index)
+        outs, ins = _out_projectors(model, index), _in_projectors(model, index)
+        for j, source in enumerate(junction.sources):
+            if outs[j] is None:
+                continue
+            if (source.component, source.position) == (reference, position):
+                _set_identity(outs[j][1])
+                continue
+            gate = _gate(junction, outs[j][1], source_gates[index][j], alone=len(junction.sources) == 1)
+            if 1 - gate >= SMALLEST_SHARE:
+                read, target = own(source.component, source.position), own(reference, position)
+                problems.append(Problem(*outs[j], _ungated(read, target, gate, junction.width)))
+        stream = own(reference, position) if junction.has_out else own(junction.sources[0].component, junction.sources[0].position)
+        for t, target in enumerate(junction.targets):
+            if ins[t] is None:
+                continue
+            if junction.has_out and (target.component, target.position) == (reference, position):
+                _set_identity(ins[t][1])
+                continue
+            gate = _gate(junction, ins[t][1], target_gates[index][t], alone=len(junction.targets) == 1)
+            if 1 - gate >= SMALLEST_SHARE:
+                width = ins[t][1].in_features
+                read = (lambda given, stream=stream, width=width: pad(stream(given), width))
+                problems.append(Problem(*ins[t], _ungated(read, own(target.component, target.position), gate, target.width)))
+    return problems
+
+
+def _ungated(read: Callable, target: Callable, gate: float, width: int) -> Callable:
+    """Solve (1 - g) W x + g shape(x) = y for W: the pair (x, (y - g shape(x)) / (1 - g)), y padded to `width`."""
+
+    def pair(given):
+        x, y = read(given), pad(target(given), width)
+        if gate:
+            shaped = pad(x, width)[..., :width]
+            y = (y - gate * shaped) / (1 - gate)
+        return x, y
+
+    return pair
+
+
+def _gate(junction: Junction, projector: Projector, weight: float, alone: bool) -> float:
+    if alone or junction.gate in ("routed", "none"):
+        return 0.0
+    return float(projector.strength()) if junction.gate == "learned" else float(weight)
+
+
+def _reference(config) -> int:
+    """The component whose hidden space the stream takes: the widest, then the first."""
+    return max(config.used_components, key=lambda k: (config.components[k].hidden_size, -k))
+
+
+def _reference_position(config, reference: int, boundary: int) -> tuple[int, bool]:
+    """Where the reference component stands at a boundary (0: after the stems, b: after block b)."""
+    depth, blocks = config.depth(reference), len(config.blocks)
+    if boundary > 0:
+        for p, path in enumerate(config.blocks[boundary - 1]):
+            if path["component"] == reference:
+                return path["stop"], config.ends_component(boundary - 1, p)
+    layer = math.floor(depth * boundary / blocks + 0.5)
+    return layer, layer == depth and not config.norm_in_head(reference)
+
+
+@torch.no_grad()
+def _set_identity(projector: Projector) -> None:
+    projector.weight.copy_(torch.eye(projector.out_features, projector.in_features))
+    projector.bias.zero_()
+
+
+def _in_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
+    """(name, module) of the in-projectors of a junction, None where a target has none."""
+    config = model.config
+    if junction < len(config.blocks):
+        paths = model.trunk.blocks[junction].paths
+        found = [(f"blocks.{junction}.paths.{p}.in_projector", path.in_projector) for p, path in enumerate(paths)]
+    else:
+        table = getattr(model, "head_projectors", {})
+        found = [
+            (f"head_projectors.{k}", table[str(k)] if str(k) in table else None) for k in config.head_components
+        ]
+    return [pair if pair[1] is not None else None for pair in found]
+
+
+def _out_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
+    """(name, module) of the out-projectors of a junction, None where a source has none."""
+    trunk = model.trunk
+    if junction == 0:
+        found = [
+            (f"stem_projectors.{k}", trunk.stem_projectors[str(k)] if str(k) in trunk.stem_projectors else None)
+            for k in model.config.stem_components
+        ]
+    else:
+        paths = trunk.blocks[junction - 1].paths
+        found = [(f"blocks.{junction - 1}.paths.{p}.out_projector", path.out_projector) for p, path in enumerate(paths)]
+    return [pair if pair[1] is not None else None for pair in found]

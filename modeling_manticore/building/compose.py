@@ -1,0 +1,173 @@
+"""Make a supernet or a discrete hybrid out of pretrained components."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration_manticore import ManticoreConfig
+from ..mixing_manticore import Mixture, Projector
+from .sources import LOADING_OPTIONS, ComponentSource, check_tokenizers, component_sources
+
+
+logger = logging.get_logger(__name__)
+
+
+def from_components(
+    cls: type[PreTrainedModel],
+    components: list,
+    num_blocks: int | None = None,
+    blocks: list | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    tokenizer_from: int = 0,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """
+    Cut pretrained components into blocks and join them.
+
+    Args:
+        components: repository names, local folders (safetensors only) or models in memory (which are copied, not
+            changed).
+        num_blocks: cut every component evenly into so many blocks, side by side in a supernet.
+        blocks: or the explicit architecture, as in `ManticoreConfig`.
+        dtype: of the hybrid; "auto" is the widest among the components.
+        tokenizer_from: the component whose tokenizer, special tokens and generation settings the hybrid has.
+        attn_implementation: as in transformers, for the components that have attention.
+        **options: `revision`, `subfolder`, `variant`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`
+            (one value, or a list with one per component); anything else goes to `ManticoreConfig`.
+
+    Returns:
+        A hybrid on the CPU in evaluation mode, with fresh projectors and uniform mixture weights. Every path owns its
+        layers.
+
+    Raises:
+        ValueError: names what is wrong; nothing has been loaded by then, except where the weights themselves are at fault.
+    """
+    if (num_blocks is None) == (blocks is None):
+        raise ValueError("num_blocks, blocks: give exactly one of the two.")
+    loading = {key: options.pop(key) for key in LOADING_OPTIONS if key in options}
+    unknown = set(options) - set(ManticoreConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]}: unknown option of from_components.")
+    sources = component_sources(components, loading)
+    config = _configuration(sources, num_blocks, blocks, tokenizer_from, options)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    dtype = _common_dtype(sources) if dtype == "auto" else _dtype(dtype)
+    if len(sources) > 1:
+        check_tokenizers(sources, tokenizer_from)
+    return assemble(cls, config, dtype, lambda k: sources[k].load(dtype), owned=[s.model is None for s in sources])
+
+
+def assemble(
+    cls: type[PreTrainedModel],
+    config: ManticoreConfig,
+    dtype: torch.dtype,
+    load: Callable[[int], PreTrainedModel],
+    owned: list[bool],
+) -> PreTrainedModel:
+    """
+    Build the hybrid on meta and fill it with one component after the other, so that memory holds the hybrid and one
+    component at most. `owned[k]`: the component's tensors may be moved instead of copied.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    finally:
+        torch.set_default_dtype(default)
+    for k in config.used_components:
+        component = load(k)
+        fill_from_component(model, k, component, move=owned[k])
+        if k == config.tokenizer_from and model.can_generate():
+            model.generation_config = copy.deepcopy(component.generation_config)
+        del component
+    initialise_joints(model)
+    model.tie_weights()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise ValueError(f"components: they have no values for {left[:5]}.")
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedModel, move: bool) -> None:
+    """Give the views of component k their tensors: moved at the first use if `move`, copied else."""
+    base = getattr(component, component.base_model_prefix)
+    taken = set()
+    trunk, config = model.trunk, model.config
+    pairs = [(trunk.stems[str(k)], base)] if str(k) in trunk.stems else []
+    for block, paths in zip(trunk.blocks, config.blocks):
+        pairs += [(path.slice, base) for path, spec in zip(block.paths, paths) if spec["component"] == k]
+    if str(k) in getattr(model, "heads", {}):
+        pairs.append((model.heads[str(k)], component))
+    for view, source in pairs:
+        tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
+        dtype = {name: parameter.dtype for name, parameter in view.named_parameters()}
+        for name, old in [*view.named_parameters(), *view.named_buffers()]:
+            value = tensors[name].detach()
+            if name in dtype:
+                value = value.to(dtype[name])
+            fresh = move and value.data_ptr() not in taken
+            taken.add(value.data_ptr())
+            _set_tensor(view, name, value if fresh and value is not tensors[name] else value.clone(), old)
+
+
+def _set_tensor(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if isinstance(old, nn.Parameter):
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        owner._buffers[leaf] = value
+
+
+def initialise_joints(model: PreTrainedModel) -> None:
+    """Materialise and initialise projectors, mixtures and everything else that comes from no component."""
+    for module in model.modules():
+        if isinstance(module, (Projector, Mixture)) or (
+            isinstance(module, nn.Linear) and module.weight.is_meta and not _inside_component(model, module)
+        ):
+            module.to_empty(device="cpu")
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def _inside_component(model: PreTrainedModel, module: nn.Module) -> bool:
+    return any(module is child for view in model.modules() if isinstance(view, PreTrainedModel) and view is not model
+               and view is not model.trunk for child in view.modules())
+
+
+def _configuration(sources: list[ComponentSource], num_blocks, blocks, tokenizer_from, options) -> ManticoreConfig:
+    configs = []
+    for source in sources:
+        config = copy.deepcopy(source.config)
+        config.source, config.revision = source.name, source.revision
+        configs.append(config)
+    options["tokenizer_from"] = tokenizer_from
+    if num_blocks is not None:
+        return ManticoreConfig.from_partition(configs, num_blocks, **options)
+    return ManticoreConfig(components=configs, blocks=blocks, **options)
+
+
+def _common_dtype(sources: list[ComponentSource]) -> torch.dtype:
+    dtype = sources[0].dtype
+    for source in sources[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    if any(source.dtype != dtype for source in sources):
+        logger.warning(f"dtype='auto': the hybrid is {dtype}, the widest of {[str(s.dtype) for s in sources]}.")
+    return dtype
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: got {dtype!r}, allowed are 'auto' and floating-point dtypes such as 'bfloat16'.")
+    return found

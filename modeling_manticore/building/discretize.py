@@ -1,0 +1,241 @@
+"""From a supernet to a hybrid with one path per block: select, merge, bridge."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration_manticore import ManticoreConfig
+from ..mixing_manticore import Junction, Projector, junctions
+from .calibrate import ORDERS, _in_projectors, _out_projectors, calibrate
+from .compose import _set_tensor
+from .texts import batches_of
+
+
+logger = logging.get_logger(__name__)
+
+
+def discretize(
+    model: PreTrainedModel,
+    choice: str | list[int] = "argmax",
+    calibration: Any = None,
+    *,
+    refit: bool = True,
+    tokenizer: Any = None,
+    order: str = "sequential",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """
+    Keep one path per block.
+
+    Consecutive slices of one component that continue each other are merged and need no bridge. Every other junction gets
+    one linear bridge: the supernet's own W_in W_out at the corner (`refit=False`, or no calibration text), or fitted
+    directly on `calibration` with the supernet's components as targets.
+
+    Args:
+        choice: "argmax", or the index of the kept path for every block.
+        calibration: text as for `calibrate`.
+
+    Returns:
+        A new hybrid that owns its tensors; `model` is left as it is. Nothing of the unselected layers, stems and heads
+        is in it.
+
+    Raises:
+        ValueError: the choice does not fit the blocks, or bad calibration text; before anything is built.
+    """
+    config = model.config
+    chosen = _choice(model, choice)
+    if order not in ORDERS:
+        raise ValueError(f"order: got {order!r}, allowed are {', '.join(map(repr, ORDERS))}.")
+    if not isinstance(refit, bool):
+        raise ValueError(f"refit: got {refit!r}, allowed are True and False.")
+    batches_wanted = refit and calibration is not None
+    if batches_wanted:
+        batches_of(calibration, model, tokenizer, batch_size, field="calibration")
+    target, groups = _merged(config, chosen)
+    if len(target.used_components) == 1 and len(config.used_components) > 1:
+        logger.warning(
+            f"component {target.used_components[0]} wins every block: the result is a cut of that component alone, no hybrid."
+        )
+    hybrid = _select(model, target, groups, chosen)
+    if batches_wanted:
+        calibrate(
+            hybrid,
+            calibration,
+            tokenizer,
+            order=order,
+            batch_size=batch_size,
+            progress=progress,
+            components=model,
+        )
+    return hybrid
+
+
+def _choice(model: PreTrainedModel, choice: Any) -> list[int]:
+    blocks = model.config.blocks
+    if isinstance(choice, str):
+        if choice != "argmax":
+            raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index per block.")
+        return [int(point.argmax()) for point in model.mixture_weights()]
+    if not isinstance(choice, (list, tuple)) or len(choice) != len(blocks):
+        raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index for each of {len(blocks)} blocks.")
+    for b, (p, block) in enumerate(zip(choice, blocks)):
+        if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < len(block):
+            raise ValueError(f"choice[{b}]: got {p!r}, allowed is 0..{len(block) - 1}.")
+    return list(choice)
+
+
+def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig, list[list[int]]]:
+    """The new configuration, and the blocks of the old one that each of its blocks was merged from."""
+    paths, groups = [], []
+    for b, p in enumerate(chosen):
+        path = config.blocks[b][p]
+        if paths and paths[-1]["component"] == path["component"] and paths[-1]["stop"] == path["start"]:
+            paths[-1]["stop"] = path["stop"]
+            groups[-1].append(b)
+        else:
+            paths.append(dict(path))
+            groups.append([b])
+    used = sorted({path["component"] for path in paths})
+    keep = used if config.tokenizer_from in used else sorted([*used, config.tokenizer_from])
+    for path in paths:
+        path["component"] = keep.index(path["component"])
+    fields = config.to_dict()
+    for derived in ("num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "model_type", "transformers_version"):
+        fields.pop(derived, None)
+    fields["components"] = [config.components[k] for k in keep]
+    fields["blocks"] = [[path] for path in paths]
+    fields["tokenizer_from"] = keep.index(config.tokenizer_from)
+    fields["head_mixture"] = "last"
+    target = ManticoreConfig(**fields)
+    target.kept_components = keep
+    return target, groups
+
+
+@torch.no_grad()
+def _select(model: PreTrainedModel, target: ManticoreConfig, groups: list[list[int]], chosen: list[int]) -> PreTrainedModel:
+    keep = target.kept_components
+    del target.kept_components
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device("meta"):
+            hybrid = type(model)(target)
+    finally:
+        torch.set_default_dtype(default)
+    trunk = hybrid.trunk
+    for key, stem in trunk.stems.items():
+        _fill(stem, _pool(model, keep[int(key)]))
+    for block, group in zip(trunk.blocks, groups):
+        k = keep[target.blocks[block.index][0]["component"]]
+        pool = _pool(model, k)
+        for b in group:
+            pool |= _tensors(model.trunk.blocks[b].paths[chosen[b]].slice)
+        _fill(block.paths[0].slice, pool)
+    for key, head in getattr(hybrid, "heads", {}).items():
+        k = keep[int(key)]
+        if str(k) not in model.heads:
+            raise ValueError(f"choice: component {k} is chosen for the last block, but the supernet has no head of it.")
+        base = head.base_model_prefix + "."
+        pool = {base + name: tensor for name, tensor in _pool(model, k).items()}
+        _fill(head, pool | _tensors(model.heads[str(k)]))
+    _fill_rest(hybrid, model)
+    _compose_bridges(hybrid, model, groups, chosen, keep)
+    hybrid.tie_weights()
+    if model.can_generate():
+        hybrid.generation_config = copy.deepcopy(model.generation_config)
+    return hybrid.to(model.device).eval()
+
+
+def _pool(model: PreTrainedModel, k: int) -> dict[str, torch.Tensor]:
+    """All tensors of component k outside its layers, by their name in the base model, from whichever view has them."""
+    trunk, config = model.trunk, model.config
+    pool: dict[str, torch.Tensor] = {}
+    for block, specs in zip(trunk.blocks, config.blocks):
+        for path, spec in zip(block.paths, specs):
+            if spec["component"] == k:
+                pool |= _tensors(path.slice)
+    if str(k) in getattr(model, "heads", {}):
+        head = model.heads[str(k)]
+        pool |= _tensors(getattr(head, head.base_model_prefix))
+    if str(k) in trunk.stems:
+        pool |= _tensors(trunk.stems[str(k)])
+    return pool
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _fill(view: nn.Module, pool: dict[str, torch.Tensor]) -> None:
+    for name, old in [*view.named_parameters(), *view.named_buffers()]:
+        if name not in pool:
+            raise ValueError(f"choice: {name} is in no path, stem or head of the supernet.")
+        _set_tensor(view, name, pool[name].detach().clone(), old)
+
+
+def _fill_rest(hybrid: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Tensors that are of no component, such as a classifier; bridges get their memory here and their values later."""
+    own = _tensors(model)
+    for name, old in [*hybrid.named_parameters(), *hybrid.named_buffers()]:
+        if old.is_meta and name in own and own[name].shape == old.shape:
+            _set_tensor(hybrid, name, own[name].detach().clone(), old)
+    for module in hybrid.modules():
+        if isinstance(module, Projector) and any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device=model.device)
+
+
+def _compose_bridges(hybrid, model, groups, chosen, keep) -> None:
+    """Every bridge as the supernet's corner has it: W_in W_out of the two chosen paths, inside their gates."""
+    old_plan = junctions(model.config)
+    starts = [group[0] for group in groups] + [len(chosen)]
+    for index, junction in enumerate(junctions(hybrid.config)):
+        pair = _in_projectors(hybrid, index)[0] if _in_projectors(hybrid, index) else None
+        if pair is None:
+            continue
+        old_index = starts[index]
+        old = old_plan[old_index]
+        source = _side_index(old.sources, keep[junction.sources[0].component], old_index - 1, chosen)
+        target = _side_index(old.targets, keep[junction.targets[0].component], old_index, chosen)
+        weight, bias = corner_map(model, old, old_index, source, target)
+        pair[1].weight.copy_(weight)
+        pair[1].bias.copy_(bias)
+
+
+def _side_index(ends: list, component: int, block: int, chosen: list[int]) -> int:
+    """Index of the chosen path among a junction's ends; of the component's stem or head at the two outer junctions."""
+    if 0 <= block < len(chosen):
+        return chosen[block]
+    return next(i for i, end in enumerate(ends) if end.component == component)
+
+
+def corner_map(model: PreTrainedModel, junction: Junction, index: int, source: int, target: int):
+    """
+    Weight (d_target, d_source) and bias (d_target,), float32, of the map from source to target at the corner where both
+    have weight 1 (equations of design 3 with a = 1).
+    """
+    out, into = _out_projectors(model, index)[source], _in_projectors(model, index)[target]
+    d_in, d_out = junction.sources[source].width, junction.targets[target].width
+    if junction.single:
+        return into[1].weight.float(), into[1].bias.float()
+    device = model.device
+    shape = {"device": device, "dtype": torch.float32}
+    out_weight, out_bias = _gated_map(junction, out, torch.eye(junction.width, d_in, **shape), alone=len(junction.sources) == 1)
+    in_weight, in_bias = _gated_map(junction, into, torch.eye(d_out, junction.width, **shape), alone=len(junction.targets) == 1)
+    return in_weight @ out_weight, in_weight @ out_bias + in_bias
+
+
+def _gated_map(junction: Junction, named, plain: torch.Tensor, alone: bool):
+    """(1 - g) W + g P with its bias, P padding or cutting; g = 1 at a corner of "mixture"."""
+    if named is None:
+        return plain, plain.new_zeros(plain.shape[0])
+    projector = named[1]
+    weight, bias = projector.weight.float(), projector.bias.float()
+    if alone or junction.gate in ("routed", "none"):
+        return weight, bias
+    gate = projector.strength() if junction.gate == "learned" else 1.0
+    return (1 - gate) * weight + gate * plain, (1 - gate) * bias

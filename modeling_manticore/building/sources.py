@@ -1,0 +1,165 @@
+"""What a component given by name or folder is, checked before anything is loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+LOADING_OPTIONS = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "trust_remote_code")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class ComponentSource:
+    """One component: a repository or folder with its loading options, or a model in memory."""
+
+    index: int
+    name: str | None
+    options: dict[str, Any]
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    revision: str | None = None
+    model: PreTrainedModel | None = None
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """
+        The uncut component on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: its weights cannot be read, or some of its tensors are missing or of another shape.
+        """
+        if self.model is not None:
+            return self.model
+        where = f"components[{self.index}] ({self.name})"
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **self.options
+            )
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{where}: its weights cannot be read: {error}") from error
+        for problem in ("missing_keys", "mismatched_keys"):
+            if info[problem]:
+                raise ValueError(f"{where}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}.")
+        return model.eval()
+
+
+def component_sources(components: list, options: dict[str, Any]) -> list[ComponentSource]:
+    """
+    Check every component and read its configuration.
+
+    Args:
+        components: repository names, folders or models in memory.
+        options: `LOADING_OPTIONS`, each one value for all components or a list with one per component.
+
+    Raises:
+        ValueError: names the component and what is wrong with it.
+    """
+    if isinstance(components, (str, Path)) or not isinstance(components, (list, tuple)) or not components:
+        raise ValueError(f"components: got {components!r}, allowed is a non-empty list of names, folders or models.")
+    for key, value in options.items():
+        if key not in LOADING_OPTIONS:
+            raise ValueError(f"{key}: unknown loading option, allowed are {', '.join(LOADING_OPTIONS)}.")
+        if isinstance(value, (list, tuple)) and len(value) != len(components):
+            raise ValueError(f"{key}: got {len(value)} values, allowed is one or {len(components)}, one per component.")
+    sources = []
+    for k, component in enumerate(components):
+        own = {key: value[k] if isinstance(value, (list, tuple)) else value for key, value in options.items()}
+        own = {key: value for key, value in own.items() if value is not None}
+        sources.append(_source(k, component, own))
+    return sources
+
+
+def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
+    if isinstance(component, PreTrainedModel):
+        return ComponentSource(k, None, {}, component.config, component.dtype, model=component)
+    if not isinstance(component, (str, Path)):
+        raise ValueError(f"components[{k}]: got {type(component).__name__}, allowed is a name, a folder or a model.")
+    name = str(component)
+    where = f"components[{k}] ({name})"
+    options.setdefault("trust_remote_code", False)
+    folder = Path(name, options.get("subfolder", ""))
+    if Path(name).is_dir():
+        _check_folder(where, folder, options.get("variant"))
+    elif Path(name).is_absolute() or name.startswith("."):
+        raise ValueError(f"{where}: there is no such folder.")
+    reading = {key: value for key, value in options.items() if key != "variant"}
+    try:
+        config = AutoConfig.from_pretrained(name, **reading)
+        found = cached_file(name, "config.json", **{k: v for k, v in reading.items() if k != "trust_remote_code"})
+    except (OSError, HFValidationError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: its configuration cannot be read: {error}") from error
+    revision = extract_commit_hash(found, None)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return ComponentSource(k, name, options, config, dtype, revision)
+
+
+def _check_folder(where: str, folder: Path, variant: str | None) -> None:
+    """A local folder must hold a configuration and complete safetensors, and be no adapter."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{where}: it is an adapter, not a model. Merge it into its base (`merge_and_unload`), save, and use that folder."
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{where}: it has no config.json.")
+    suffix = f".{variant}" if variant else ""
+    single = folder / SAFE_WEIGHTS_NAME.replace(".safetensors", f"{suffix}.safetensors")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".index.json", f"{suffix}.index.json")
+    if single.is_file():
+        shards = [single]
+    elif index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{where}: {index.name} is not a shard index.") from error
+        shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+    else:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
+        found = f"; it has {', '.join(others)}, which is not read because it may be pickle" if others else ""
+        raise ValueError(f"{where}: it has no {single.name}{found}. Convert it to safetensors.")
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"{where}: the shard {shard.name} is missing.")
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{where}: {shard.name} is corrupt: {error}.") from error
+
+
+def check_tokenizers(sources: list[ComponentSource], tokenizer_from: int) -> None:
+    """
+    All components that come with a tokenizer must come with the same vocabulary.
+
+    Raises:
+        ValueError: names the two components and the first tokens in which they differ.
+    """
+    vocabularies = {source.index: _vocabulary(source) for source in sources if source.name is not None}
+    reference = vocabularies.get(tokenizer_from)
+    if reference is None:
+        return
+    for k, vocabulary in vocabularies.items():
+        if vocabulary is not None and vocabulary != reference:
+            different = sorted(token for token, _ in vocabulary.items() ^ reference.items())
+            raise ValueError(
+                f"components[{k}]: its tokenizer differs from that of component {tokenizer_from} in "
+                f"{len(set(different))} tokens, among them {sorted(set(different))[:3]}; all components must share one."
+            )
+
+
+def _vocabulary(source: ComponentSource) -> dict[str, int] | None:
+    folder = Path(source.name, source.options.get("subfolder", ""))
+    if Path(source.name).is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    reading = {key: value for key, value in source.options.items() if key != "variant"}
+    try:
+        return AutoTokenizer.from_pretrained(source.name, **reading).get_vocab()
+    except OSError:
+        return None

@@ -1,0 +1,304 @@
+"""Configuration of a hybrid: which components it has, how they are cut into paths, and how the paths are joined."""
+
+import copy
+from typing import Any
+
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+
+GATES = ("routed", "mixture", "none", "learned")
+MIXTURES = ("softmax", "gumbel_softmax", "simplex")
+HEAD_MIXTURES = ("last", "first")
+PROJECTOR_INITS = ("identity", "random")
+PATH_KEYS = ("component", "start", "stop")
+
+REFUSED_FAMILIES = {
+    "zamba2": "its layers read the original embeddings and share weights across the depth",
+    "zamba": "its layers read the original embeddings and share weights across the depth",
+    "rwkv": "its state is a list of tensors that transformers' caches cannot hold",
+    "xlstm": "its state is a cache class of its own that transformers' caches cannot hold",
+}
+
+
+class ManticoreConfig(PreTrainedConfig):
+    """
+    Architecture of a hybrid language model.
+
+    Args:
+        components (`list[PreTrainedConfig | dict]`): one configuration per component, in order. Besides the family's
+            own fields an entry carries `source` and `revision` (where its weights came from) and `layer_arity` (what
+            its layers return: 0 for a tensor, n for an n-tuple; found out at construction when absent).
+        blocks (`list[list[dict]]`): the architecture. Each block is a list of paths
+            `{"component": k, "start": i, "stop": j}`: layers [i, j) of component k. Several paths run side by side and
+            are mixed; a block of one path is plain.
+        hidden_size (`int`, *optional*): width D of the stream between blocks. Defaults to the widest component.
+        vocab_size (`int`, *optional*): vocabulary of the one tokenizer. Defaults to that of the components.
+        gate (`str`): how a path's own state and the projected states of the others are joined: "routed" (default: a
+            component hears itself unprojected), "mixture" (the paper's), "none" or "learned".
+        mixture (`str`): parametrisation of the mixture weights: "softmax", "gumbel_softmax" or "simplex".
+        mixture_temperature (`float`): temperature of the softmax and Gumbel-softmax parametrisations.
+        head_mixture (`str`): the block whose weights mix the heads: "last" (default) or "first" (the paper's code).
+        project_ends (`bool`): whether stems and heads are joined by projectors, or by plain padding and cutting.
+        projector_init (`str`): "identity" (rectangular identity, default) or "random".
+        initializer_range (`float`): standard deviation for new weights such as classification heads.
+        tokenizer_from (`int`): index of the component whose tokenizer and generation settings the hybrid has.
+
+    Derived: `num_hidden_layers` (number of blocks), `max_position_embeddings` (smallest finite limit of the components
+    used, or None), `tie_word_embeddings` (whether a head shares its own stem's matrix).
+
+    Raises:
+        ValueError: names the field, the index, what was given and what is allowed.
+    """
+
+    model_type = "manticore"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    components: list | None = None
+    blocks: list | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    gate: str = "routed"
+    mixture: str = "softmax"
+    mixture_temperature: float = 1.0
+    head_mixture: str = "last"
+    project_ends: bool = True
+    projector_init: str = "identity"
+    initializer_range: float = 0.02
+    tokenizer_from: int = 0
+    num_hidden_layers: int | None = None
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.components = [_component_config(entry, k) for k, entry in enumerate(_as_list(self.components, "components"))]
+        self.blocks = [_block(block, b) for b, block in enumerate(_as_list(self.blocks, "blocks"))]
+        self._validate_options()
+        if self.components or self.blocks:
+            self._validate_layout()
+            self._derive()
+        super().__post_init__(**kwargs)
+
+    # ------------------------------------------------------------------ validation
+    def _validate_options(self) -> None:
+        for field, allowed in (
+            ("gate", GATES),
+            ("mixture", MIXTURES),
+            ("head_mixture", HEAD_MIXTURES),
+            ("projector_init", PROJECTOR_INITS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(map(repr, allowed))}.")
+        if not isinstance(self.project_ends, bool):
+            raise ValueError(f"project_ends: got {self.project_ends!r}, allowed are True and False.")
+        for field in ("mixture_temperature", "initializer_range"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{field}: got {value!r}, allowed is a positive finite number.")
+        for field in ("hidden_size", "vocab_size"):
+            value = getattr(self, field)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"{field}: got {value!r}, allowed is a positive integer or None.")
+
+    def _validate_layout(self) -> None:
+        if not self.components:
+            raise ValueError("components: got an empty list, allowed is at least one configuration.")
+        if not self.blocks:
+            raise ValueError("blocks: got an empty list, allowed is at least one block.")
+        count = len(self.components)
+        for b, block in enumerate(self.blocks):
+            for p, path in enumerate(block):
+                where = f"blocks[{b}][{p}]"
+                if not 0 <= path["component"] < count:
+                    raise ValueError(
+                        f"{where}.component: got {path['component']}, allowed is 0..{count - 1} ({count} components)."
+                    )
+                depth = self.components[path["component"]].num_hidden_layers
+                if not 0 <= path["start"] < path["stop"] <= depth:
+                    raise ValueError(
+                        f"{where}: got layers [{path['start']}, {path['stop']}), allowed is 0 <= start < stop <= {depth}, "
+                        f"the depth of component {path['component']}."
+                    )
+        if not _is_int(self.tokenizer_from) or not 0 <= self.tokenizer_from < count:
+            raise ValueError(f"tokenizer_from: got {self.tokenizer_from!r}, allowed is 0..{count - 1}.")
+        widest = max(component.hidden_size for component in self.components)
+        if self.hidden_size is not None and self.hidden_size < widest:
+            raise ValueError(f"hidden_size: got {self.hidden_size}, allowed is at least {widest}, the widest component.")
+        sizes = [component.vocab_size for component in self.components]
+        expected = sizes[self.tokenizer_from] if self.vocab_size is None else self.vocab_size
+        for k, size in enumerate(sizes):
+            if size != expected:
+                raise ValueError(
+                    f"components[{k}].vocab_size: got {size}, allowed is {expected}: all components of a hybrid "
+                    "share one tokenizer and one vocabulary."
+                )
+
+    def _derive(self) -> None:
+        self.hidden_size = self.hidden_size or max(component.hidden_size for component in self.components)
+        self.vocab_size = self.components[self.tokenizer_from].vocab_size
+        self.num_hidden_layers = len(self.blocks)
+        limits = [getattr(self.components[k], "max_position_embeddings", None) for k in self.used_components]
+        limits = [limit for limit in limits if _is_int(limit) and limit > 0]
+        self.max_position_embeddings = min(limits) if limits else None
+        self.tie_word_embeddings = bool(self.tied_components)
+        source = self.components[self.tokenizer_from]
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, field) is None:
+                setattr(self, field, getattr(source, field, None))
+
+    # ------------------------------------------------------------------ layout, derived from `blocks`
+    @property
+    def used_components(self) -> list[int]:
+        """Indices of the components that have at least one path."""
+        return sorted({path["component"] for block in self.blocks for path in block})
+
+    @property
+    def stem_components(self) -> list[int]:
+        """Components that have a stem: those with a path in the first block."""
+        return sorted({path["component"] for path in self.blocks[0]})
+
+    @property
+    def head_block(self) -> int:
+        """Index of the block whose mixture weights mix the heads."""
+        return len(self.blocks) - 1 if self.head_mixture == "last" else 0
+
+    @property
+    def head_components(self) -> list[int]:
+        """Components that have a head: those with a path in `head_block`."""
+        return sorted({path["component"] for path in self.blocks[self.head_block]})
+
+    @property
+    def tied_components(self) -> list[int]:
+        """Components whose head shares the matrix of their own stem."""
+        ends = set(self.stem_components) & set(self.head_components)
+        return [k for k in sorted(ends) if self.components[k].tie_word_embeddings]
+
+    def depth(self, component: int) -> int:
+        """Number of layers of a component."""
+        return self.components[component].num_hidden_layers
+
+    def norm_in_head(self, component: int) -> bool:
+        """Whether the component's final norm runs in its head, because a path of its in the last block stops early."""
+        return any(p["component"] == component and p["stop"] < self.depth(component) for p in self.blocks[-1])
+
+    def ends_component(self, block: int, path: int) -> bool:
+        """Whether the final norm of the component runs at the end of this path."""
+        spec = self.blocks[block][path]
+        last = block == len(self.blocks) - 1
+        return spec["stop"] == self.depth(spec["component"]) and not (last and self.norm_in_head(spec["component"]))
+
+    @property
+    def is_discretized(self) -> bool:
+        """Whether every block has exactly one path."""
+        return all(len(block) == 1 for block in self.blocks)
+
+    # ------------------------------------------------------------------ construction and serialisation
+    @classmethod
+    def from_partition(cls, components: list, num_blocks: int, **kwargs) -> "ManticoreConfig":
+        """
+        Cut every component as evenly as possible into `num_blocks` consecutive slices, one path per component and
+        block. Depths need not be divisible. Other keywords are those of the constructor.
+
+        Raises:
+            ValueError: `num_blocks` is not between 1 and the depth of the shallowest component.
+        """
+        components = [_component_config(entry, k) for k, entry in enumerate(_as_list(components, "components"))]
+        if not components:
+            raise ValueError("components: got an empty list, allowed is at least one configuration.")
+        shallowest = min(component.num_hidden_layers for component in components)
+        if not _is_int(num_blocks) or not 1 <= num_blocks <= shallowest:
+            raise ValueError(f"num_blocks: got {num_blocks!r}, allowed is 1..{shallowest}, the shallowest depth.")
+        depths = [component.num_hidden_layers for component in components]
+        blocks = [
+            [
+                {"component": k, "start": depth * b // num_blocks, "stop": depth * (b + 1) // num_blocks}
+                for k, depth in enumerate(depths)
+            ]
+            for b in range(num_blocks)
+        ]
+        return cls(components=components, blocks=blocks, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionary of plain values; components are dictionaries with their `model_type`."""
+        components, self.components = self.components, None
+        try:
+            output = super().to_dict()
+        finally:
+            self.components = components
+        output["components"] = [_component_dict(component) for component in components]
+        return output
+
+
+def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
+    entry = component.to_diff_dict()
+    for key in ("transformers_version", "auto_map", "dtype"):
+        entry.pop(key, None)
+    return entry | {"model_type": component.model_type}
+
+
+def _component_config(entry: Any, index: int) -> PreTrainedConfig:
+    """A private copy of a component's configuration, from an object or a dictionary."""
+    if isinstance(entry, dict):
+        entry = dict(entry)
+        family = entry.pop("model_type", None)
+        _check_family(family, index)
+        config = CONFIG_MAPPING[family].from_dict(entry)
+    elif isinstance(entry, PreTrainedConfig):
+        _check_family(entry.model_type, index)
+        config = copy.deepcopy(entry)
+    else:
+        raise ValueError(
+            f"components[{index}]: got {type(entry).__name__}, allowed is a transformers configuration or a dictionary."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"components[{index}]: got a quantized checkpoint, allowed are full-precision ones. "
+            "Load it with `dequantize=True`, save it, and use that folder."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"components[{index}].model_type: got {config.model_type!r}, which is not a causal language model.")
+    config.dtype = None
+    return config
+
+
+def _check_family(family: Any, index: int) -> None:
+    where = f"components[{index}].model_type"
+    if family in REFUSED_FAMILIES:
+        raise ValueError(f"{where}: {family!r} cannot be sliced: {REFUSED_FAMILIES[family]}.")
+    if family == ManticoreConfig.model_type:
+        raise ValueError(f"{where}: got 'manticore', allowed are plain models: a hybrid cannot be a component.")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise ValueError(f"{where}: got {family!r}, allowed are the model types of the installed transformers.")
+
+
+def _block(block: Any, b: int) -> list[dict[str, int]]:
+    if not isinstance(block, (list, tuple)) or not block:
+        raise ValueError(f"blocks[{b}]: got {block!r}, allowed is a non-empty list of paths.")
+    return [_path(path, f"blocks[{b}][{p}]") for p, path in enumerate(block)]
+
+
+def _path(path: Any, where: str) -> dict[str, int]:
+    if not isinstance(path, dict) or set(path) != set(PATH_KEYS):
+        raise ValueError(f"{where}: got {path!r}, allowed is a dictionary with the keys {', '.join(PATH_KEYS)}.")
+    for key in PATH_KEYS:
+        if not _is_int(path[key]):
+            raise ValueError(f"{where}.{key}: got {path[key]!r}, allowed is an integer.")
+    return {key: path[key] for key in PATH_KEYS}
+
+
+def _as_list(value: Any, field: str) -> list:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{field}: got {type(value).__name__}, allowed is a list.")
+    return list(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["ManticoreConfig"]

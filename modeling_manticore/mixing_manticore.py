@@ -1,0 +1,317 @@
+"""Projectors, mixture weights, and the junctions at which the paths of one block hand over to those of the next."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .configuration_manticore import ManticoreConfig
+
+
+def pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Zero-pad the last axis of `x` to `width` (pad_D of the paper)."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def cut(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Keep the first `width` entries of the last axis of `x` (cut_d of the paper)."""
+    return x if x.shape[-1] == width else x[..., :width]
+
+
+def _keep_float32(module: nn.Module, fn, name: str) -> None:
+    """Move `module.name` where `fn` moves it, but leave its values and dtype float32."""
+    parameter = getattr(module, name)
+    moved = fn(parameter.data)
+    if moved.dtype != torch.float32:
+        moved = moved.float() if parameter.is_meta else parameter.data.to(device=moved.device)
+    if moved.is_meta != parameter.is_meta:
+        setattr(module, name, nn.Parameter(moved, requires_grad=parameter.requires_grad))
+        return
+    parameter.data = moved
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.to(device=moved.device, dtype=torch.float32)
+
+
+class Projector(nn.Module):
+    """
+    Linear map with bias between a component's hidden space and the stream, or between two components (a bridge).
+
+    Under `gate="learned"` it has a scalar `gate` (float32 logit; g = sigmoid(gate), g = 1 being the identity).
+    """
+
+    def __init__(self, in_features: int, out_features: int, learned_gate: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        if learned_gate:
+            self.gate = nn.Parameter(torch.empty((), dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor, bias_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """`weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features)."""
+        if isinstance(bias_scale, float) and bias_scale == 1.0:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
+
+    def strength(self) -> torch.Tensor:
+        """The learned g in (0, 1), float32."""
+        return torch.sigmoid(self.gate)
+
+    def _apply(self, fn, recurse=True):
+        gate = self._parameters.pop("gate", None)
+        super()._apply(fn, recurse)
+        if gate is not None:
+            self.gate = gate
+            _keep_float32(self, fn, "gate")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Mixture(nn.Module):
+    """
+    Mixture weights of one block: a point of the simplex over its paths, float32 in a model of any dtype.
+
+    "softmax" (DARTS) and "gumbel_softmax" (DASH; noise in training only) keep `logits`, "simplex" (GAEA) the `weights`
+    themselves. All start uniform.
+    """
+
+    def __init__(self, paths: int, kind: str, temperature: float = 1.0):
+        super().__init__()
+        self.kind, self.temperature, self.paths = kind, temperature, paths
+        self.parameter_name = "weights" if kind == "simplex" else "logits"
+        self.register_parameter(self.parameter_name, nn.Parameter(torch.empty(paths, dtype=torch.float32)))
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The one trainable vector, shape (paths,), float32."""
+        return getattr(self, self.parameter_name)
+
+    def forward(self) -> torch.Tensor:
+        """The weights that the forward pass uses, shape (paths,), float32."""
+        if self.kind == "gumbel_softmax" and self.training:
+            return nn.functional.gumbel_softmax(self.logits, tau=self.temperature)
+        return self.weights_without_noise()
+
+    def weights_without_noise(self) -> torch.Tensor:
+        """The point of the simplex itself, shape (paths,), float32."""
+        return self.weights if self.kind == "simplex" else torch.softmax(self.logits / self.temperature, dim=0)
+
+    @torch.no_grad()
+    def set(self, weights: torch.Tensor) -> None:
+        """Move to a point of the simplex. Logits become temperature * log(max(a, 1e-30)): finite, never frozen."""
+        weights = weights.to(self.parameter)
+        value = weights if self.kind == "simplex" else self.temperature * weights.clamp_min(1e-30).log()
+        self.parameter.copy_(value)
+
+    def uniform(self) -> torch.Tensor:
+        """The starting value of the parameter, shape (paths,), float32."""
+        if self.kind == "simplex":
+            return torch.full((self.paths,), 1.0 / self.paths)
+        return torch.zeros(self.paths)
+
+    def _apply(self, fn, recurse=True):
+        _keep_float32(self, fn, self.parameter_name)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"paths={self.paths}, kind={self.kind!r}"
+
+
+@dataclass(frozen=True)
+class End:
+    """One side of a junction: a stem, path or head. `position` is the component's layer at which the state stands."""
+
+    component: int
+    width: int
+    position: tuple
+
+
+@dataclass
+class Boundary:
+    """
+    What one block hands to the next. `states[j]` is v_j, (batch, tokens, d_j), None where path j was skipped;
+    `projected[j]` its gated image in the stream, (batch, tokens, D), or None where no one needs it.
+    """
+
+    states: list
+    projected: list
+    weights: list
+
+    def keep(self, positions: int | torch.Tensor) -> "Boundary":
+        """The last `positions` tokens only (0: all), or the tokens at the given indices."""
+        if isinstance(positions, int) and positions == 0:
+            return self
+        index = slice(-positions, None) if isinstance(positions, int) else positions
+        parts = ([None if x is None else x[:, index] for x in xs] for xs in (self.states, self.projected))
+        return Boundary(*parts, self.weights)
+
+
+class Junction:
+    """
+    The plan of one junction, derived from the configuration alone (design: stems are block 0, heads block B + 1).
+
+    Two single sides meet in a bridge, d_source -> d_target, or directly where the target continues the source. Else
+    every source of a multi-path side has an out-projector d -> D, and every target an in-projector D -> d, as far as
+    the gate uses them. A single source needs no out-projector: its state is padded.
+    """
+
+    def __init__(self, sources: list[End], targets: list[End], config: ManticoreConfig, is_end: bool):
+        self.sources, self.targets = sources, targets
+        self.gate, self.width = config.gate, config.hidden_size
+        self.single = len(sources) == 1 and len(targets) == 1
+        self.direct = [[source.component == t.component and source.position == t.position for source in sources] for t in targets]
+        self.fixed = is_end and not config.project_ends and not self.single
+        routed = self.gate == "routed"
+        self.has_out = not self.fixed and len(sources) > 1
+        self.has_in = [
+            not self.fixed and not all(direct) if (routed or self.single) else not self.fixed for direct in self.direct
+        ]
+
+    def out_projectors(self) -> list[Projector | None]:
+        """Fresh out-projectors, one per source."""
+        learned = self.gate == "learned"
+        return [Projector(s.width, self.width, learned) if self.has_out else None for s in self.sources]
+
+    def in_projectors(self) -> list[Projector | None]:
+        """Fresh in-projectors, one per target; a bridge maps from the source's own width."""
+        learned = self.gate == "learned" and len(self.targets) > 1
+        width = self.sources[0].width if self.single else self.width
+        return [Projector(width, t.width, learned) if has else None for t, has in zip(self.targets, self.has_in)]
+
+    def emit(self, states: list, weights: list, projectors: list, need_stream: bool) -> Boundary:
+        """Source side: gated images in the stream, (1 - g) W_out v + g pad(v), for whoever needs them."""
+        projected = [None] * len(states)
+        if need_stream or not self.single:
+            used = [need_stream or any(not row[j] for row in self.direct) or self.gate != "routed" for j in range(len(states))]
+            projected = [
+                None if state is None or not wanted else self._image(state, weight, projector)
+                for state, weight, projector, wanted in zip(states, weights, projectors, used)
+            ]
+        return Boundary(states, projected, weights)
+
+    def _image(self, state, weight, projector):
+        padded = pad(state, self.width)
+        if projector is None:
+            return padded
+        if self.gate in ("routed", "none"):
+            return projector(state)
+        gate = projector.strength() if self.gate == "learned" else weight
+        return (1 - gate) * projector(state) + gate * padded
+
+    def receive(self, boundary: Boundary, projectors: list, gates: list, wanted: list[bool]) -> list:
+        """Target side: u_k for every wanted target, (batch, tokens, d_k)."""
+        if self.single:
+            state = boundary.states[0]
+            return [projectors[0](state) if projectors[0] is not None else state]
+        if self.gate == "routed":
+            return [
+                self._routed(boundary, self.direct[t], self.targets[t].width, projectors[t]) if wanted[t] else None
+                for t in range(len(self.targets))
+            ]
+        stream = stream_of(boundary)
+        return [
+            self._gated(stream, self.targets[t].width, projectors[t], gates[t]) if wanted[t] else None
+            for t in range(len(self.targets))
+        ]
+
+    def _routed(self, boundary, direct, width, projector):
+        """u = sum_direct a_j v_j + A sum_others a_j W_out_j(v_j) + (1 - sum_direct a_j) c."""
+        total, others, own_weight = None, None, 0.0
+        for j, state in enumerate(boundary.states):
+            if direct[j]:
+                own_weight = own_weight + boundary.weights[j]
+            if state is None:
+                continue
+            term = boundary.weights[j] * (state if direct[j] else boundary.projected[j])
+            if direct[j]:
+                total = term if total is None else total + term
+            else:
+                others = term if others is None else others + term
+        if others is not None:
+            routed = cut(others, width) if projector is None else projector(others, 1.0 - own_weight)
+            total = routed if total is None else total + routed
+        return total
+
+    def _gated(self, stream, width, projector, gate):
+        """u = (1 - g) W_in(h) + g cut(h)."""
+        if projector is None:
+            return cut(stream, width)
+        if self.gate == "none" or len(self.targets) == 1:
+            return projector(stream)
+        gate = projector.strength() if self.gate == "learned" else gate
+        return (1 - gate) * projector(stream) + gate * cut(stream, width)
+
+
+def stream_of(boundary: Boundary) -> torch.Tensor:
+    """h = sum_j a_j projected_j, (batch, tokens, D)."""
+    terms = [a * x for a, x in zip(boundary.weights, boundary.projected) if x is not None]
+    return sum(terms[1:], terms[0])
+
+
+def junctions(config: ManticoreConfig) -> list[Junction]:
+    """The B + 1 junctions of a hybrid: stems -> block 1, block b -> block b + 1, block B -> heads."""
+
+    def end(component: int, position: tuple) -> End:
+        return End(component, config.components[component].hidden_size, position)
+
+    def finish(b: int, p: int) -> tuple:
+        return (config.blocks[b][p]["stop"], config.ends_component(b, p))
+
+    stems = [end(k, (0, False)) for k in config.stem_components]
+    heads = [end(k, (config.depth(k), not config.norm_in_head(k))) for k in config.head_components]
+    entries = [[end(path["component"], (path["start"], False)) for path in block] for block in config.blocks]
+    exits = [[end(path["component"], finish(b, p)) for p, path in enumerate(block)] for b, block in enumerate(config.blocks)]
+    sources, targets = [stems] + exits, entries + [heads]
+    last = len(sources) - 1
+    return [Junction(sources[i], targets[i], config, i in (0, last)) for i in range(len(sources))]
+
+
+def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
+    """Weight of every component with a path in a block: the sum over its paths there (the weights of stems, heads)."""
+    totals = {}
+    for path, weight in zip(config.blocks[block], weights):
+        k = path["component"]
+        totals[k] = totals[k] + weight if k in totals else weight
+    return {k: totals[k] for k in sorted(totals)}
+
+
+def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:
+    """Slices, joints, parameters, key-value bytes per token and context of a hybrid, as lines of text."""
+    names = [getattr(c, "source", None) or c.model_type for c in config.components]
+    plan = junctions(config)
+    lines = [f"{'discretized hybrid' if config.is_discretized else 'supernet'} of {', '.join(names)}"]
+    lines.append("  stems: " + ", ".join(f"{names[k]} ({k})" for k in config.stem_components))
+    for b, block in enumerate(config.blocks):
+        slices = " | ".join(f"{names[p['component']]}[{p['start']}:{p['stop']}]" for p in block)
+        lines.append(f"  block {b}: {slices}{_joint(plan[b])}")
+    lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + _joint(plan[-1]))
+    lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
+    cached = sum(_cache_bytes(config, path, itemsize) for block in config.blocks for path in block)
+    context = config.max_position_embeddings
+    lines.append(f"  key-value cache {cached:,} bytes per token, context {context if context else 'unlimited'}")
+    return "\n".join(lines)
+
+
+def _joint(junction: Junction) -> str:
+    if junction.single:
+        source, target = junction.sources[0], junction.targets[0]
+        return f"  (bridge {source.width} -> {target.width})" if junction.has_in[0] else "  (continues)"
+    return f"  (gate {junction.gate}{', plain' if junction.fixed else ''})"
+
+
+def _cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
+    """Key and value bytes that the full-attention layers of a slice add per token; windows and states are bounded."""
+    component = config.components[path["component"]]
+    layers = DynamicCache(config=component).layers[path["start"] : path["stop"]]
+    growing = sum(type(layer) is DynamicLayer for layer in layers)
+    if not growing:
+        return 0
+    heads = getattr(component, "num_key_value_heads", None) or component.num_attention_heads
+    width = getattr(component, "head_dim", None) or component.hidden_size // component.num_attention_heads
+    return growing * 2 * heads * width * itemsize
+
+
+__all__ = ["Junction", "Mixture", "Projector"]

@@ -1,0 +1,501 @@
+"""The models: a trunk of blocks (`ManticoreModel`), and the heads that make it a language model or a classifier."""
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
+
+from .cache_manticore import ManticoreCache
+from .configuration_manticore import ManticoreConfig
+from .mixing_manticore import (
+    Boundary,
+    Junction,
+    Mixture,
+    Projector,
+    component_weights,
+    describe,
+    junctions,
+    stream_of,
+)
+from .slicing_manticore import (
+    ComponentBlueprint,
+    collect_dtype_rules,
+    component_blueprints,
+    derive_positions,
+    materialise,
+    position_limit,
+    run_view,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ManticoreModelOutput(BaseModelOutputWithPast):
+    """Output of the trunk; `boundary` is what the last block hands to the heads, `block_weights` the weights used."""
+
+    boundary: Boundary | None = None
+    block_weights: list | None = None
+
+
+class ManticorePath(nn.Module):
+    """One slice with its in-projector and out-projector, where the junctions on its two sides need them."""
+
+    def __init__(self, view: PreTrainedModel, in_projector: Projector | None, out_projector: Projector | None):
+        super().__init__()
+        self.slice = view
+        self.in_projector = in_projector
+        self.out_projector = out_projector
+
+
+class ManticoreBlock(nn.Module):
+    """The paths that run side by side on one shared hidden state."""
+
+    def __init__(self, config: ManticoreConfig, index: int, before: Junction, after: Junction, blueprints: list):
+        super().__init__()
+        self.index, self.before, self.after = index, before, after
+        entries, exits = before.in_projectors(), after.out_projectors()
+        self.paths = nn.ModuleList()
+        for p, path in enumerate(config.blocks[index]):
+            view = blueprints[path["component"]].view(path["start"], path["stop"], tail=config.ends_component(index, p))
+            self.paths.append(ManticorePath(view, entries[p], exits[p]))
+        count = len(self.paths)
+        self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
+
+    def mixture_weights(self) -> torch.Tensor:
+        """The block's point of the simplex, shape (paths,), float32; [1.] for a block of one path."""
+        if self.mixture is None:
+            return torch.ones(1)
+        return self.mixture.weights_without_noise()
+
+    def forward(
+        self,
+        boundary: Boundary,
+        weights: list,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        cache: ManticoreCache | None = None,
+        need_stream: bool = False,
+    ) -> Boundary:
+        """Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation."""
+        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
+        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, wanted)
+        states = []
+        for p, path in enumerate(self.paths):
+            if inputs[p] is None:
+                states.append(None)
+                continue
+            view = None if cache is None else cache.view(self.index, p)
+            states.append(
+                run_view(
+                    path.slice, inputs_embeds=inputs[p], attention_mask=attention_mask, position_ids=position_ids, cache=view
+                )
+            )
+        return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
+
+
+class ManticorePreTrainedModel(PreTrainedModel):
+    """Base of all hybrids: initialisation, saving, mixture weights, description."""
+
+    config_class = ManticoreConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ManticoreBlock"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Projector):
+            if self.config.projector_init == "identity":
+                init.zeros_(module.weight)
+                init.copy_(module.weight, torch.eye(module.out_features, module.in_features))
+            else:
+                init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
+            if hasattr(module, "gate"):
+                init.zeros_(module.gate)
+        elif isinstance(module, Mixture):
+            init.copy_(module.parameter, module.uniform())
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    @property
+    def trunk(self) -> "ManticoreModel":
+        """The `ManticoreModel` of this model."""
+        return self if isinstance(self, ManticoreModel) else self.model
+
+    def mixture_weights(self) -> list[torch.Tensor]:
+        """The mixture weights of every block: B float32 tensors on the simplex, shape (paths of the block,)."""
+        return [block.mixture_weights() for block in self.trunk.blocks]
+
+    @torch.no_grad()
+    def set_mixture_weights(self, weights: list) -> None:
+        """
+        Set every block's mixture weights: B lists or tensors, each non-negative with sum 1 (a block of one path: [1]).
+
+        Raises:
+            ValueError: names the block, what was given and what is allowed. Nothing is changed then.
+        """
+        blocks = self.trunk.blocks
+        if len(weights) != len(blocks):
+            raise ValueError(f"weights: got {len(weights)} blocks, allowed is {len(blocks)}.")
+        points = []
+        for b, (point, block) in enumerate(zip(weights, blocks)):
+            point = torch.as_tensor(point, dtype=torch.float32)
+            if point.shape != (len(block.paths),):
+                raise ValueError(f"weights[{b}]: got shape {tuple(point.shape)}, allowed is ({len(block.paths)},).")
+            if not torch.isfinite(point).all() or (point < 0).any() or abs(point.sum().item() - 1) > 1e-4:
+                raise ValueError(f"weights[{b}]: got {point.tolist()}, allowed are numbers >= 0 with sum 1.")
+            points.append(point / point.sum())
+        for point, block in zip(points, blocks):
+            if block.mixture is not None:
+                block.mixture.set(point)
+
+    def describe(self) -> str:
+        """A printable account: slices, bridges, parameters, key-value bytes per token, context."""
+        return describe(self.config, sum(p.numel() for p in self.parameters()), self.dtype.itemsize)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """
+        As in transformers, but never half-written: everything goes to a temporary sibling first and is then moved file
+        by file, weights before their index before the configuration. Foreign files stay, stale shards of ours go.
+        """
+        target = os.path.abspath(os.fspath(save_directory))
+        if os.path.isfile(target):
+            raise ValueError(f"save_directory: got the file {target}, allowed is a folder.")
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(target))
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.") as staging:
+            super().save_pretrained(staging, is_main_process=is_main_process, **kwargs)
+            if is_main_process:
+                _move_into(staging, target)
+
+
+def _move_into(staging: str, target: str) -> None:
+    def rank(name: str) -> int:
+        return 0 if name.endswith(".safetensors") else 1 if name.endswith(".index.json") else 2 + (name == "config.json")
+
+    os.makedirs(target, exist_ok=True)
+    fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
+    for name in fresh:
+        os.replace(os.path.join(staging, name), os.path.join(target, name))
+    if any(rank(name) == 0 for name in fresh):
+        for name in os.listdir(target):
+            if name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name):
+                os.remove(os.path.join(target, name))
+
+
+class ManticoreModel(ManticorePreTrainedModel):
+    """Stems and blocks. Its last hidden state is the stream after the last block, (batch, tokens, D)."""
+
+    def __init__(self, config: ManticoreConfig, blueprints: list[ComponentBlueprint] | None = None):
+        super().__init__(config)
+        blueprints = component_blueprints(config) if blueprints is None else blueprints
+        plan = junctions(config)
+        out_projectors = plan[0].out_projectors()
+        self.stems, self.stem_projectors = nn.ModuleDict(), nn.ModuleDict()
+        for k, projector in zip(config.stem_components, out_projectors):
+            self.stems[str(k)] = blueprints[k].view(0, 0, stem=True)
+            if projector is not None:
+                self.stem_projectors[str(k)] = projector
+        self.blocks = nn.ModuleList(
+            ManticoreBlock(config, b, plan[b], plan[b + 1], blueprints) for b in range(len(config.blocks))
+        )
+        self._position_limits = {k: position_limit(self.stems[str(k)]) for k in config.stem_components}
+        self.gradient_checkpointing = False
+        materialise(self)
+        collect_dtype_rules(self, blueprints)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the first stem."""
+        return next(iter(self.stems.values())).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of the first stem."""
+        next(iter(self.stems.values())).set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: ManticoreCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_boundary: bool = False,
+        **kwargs,
+    ) -> ManticoreModelOutput:
+        """
+        Args:
+            input_ids: (batch, tokens). attention_mask: (batch, tokens seen so far), 1 for tokens and 0 for padding.
+            position_ids: (batch, tokens); by default the number of unmasked tokens before each token.
+            inputs_embeds: (batch, tokens, d_k) in place of `input_ids`, where the hybrid has one stem.
+            output_hidden_states: also return the B + 1 boundaries of the stream, each (batch, tokens, D).
+            return_boundary: return what heads need in place of the stream.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a foreign cache; attentions asked for;
+                positions beyond the learned ones.
+        """
+        self._check_inputs(input_ids, inputs_embeds, past_key_values, output_attentions)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing: no cache is used.")
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            past_key_values = ManticoreCache(self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = derive_positions(given, attention_mask, position_ids, seen)
+        self._check_positions(position_ids, seen)
+
+        weights = self._block_weights()
+        boundary = self.run_stems(input_ids, inputs_embeds, attention_mask, position_ids, weights[0], output_hidden_states)
+        streams = [stream_of(boundary)] if output_hidden_states else []
+        for b, block in enumerate(self.blocks):
+            last = b == len(self.blocks) - 1
+            need_stream = output_hidden_states or (last and not return_boundary)
+            boundary = block(boundary, weights[b], attention_mask, position_ids, past_key_values, need_stream)
+            if output_hidden_states:
+                streams.append(stream_of(boundary))
+        if past_key_values is not None:
+            past_key_values.advance(given.shape[1])
+        return ManticoreModelOutput(
+            last_hidden_state=None if return_boundary else stream_of(boundary),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(streams) or None,
+            boundary=boundary if return_boundary else None,
+            block_weights=weights if return_boundary else None,
+        )
+
+    def run_stems(self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream) -> Boundary:
+        weights = component_weights(self.config, 0, first_weights)
+        states = [
+            run_view(
+                self.stems[str(k)],
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+            )
+            for k in weights
+        ]
+        projectors = [self.stem_projectors[str(k)] if str(k) in self.stem_projectors else None for k in weights]
+        return self.blocks[0].before.emit(states, list(weights.values()), projectors, need_stream)
+
+    def _block_weights(self) -> list[list]:
+        """The weights of this pass, as scalars; computed once, they also gate the projectors around each block."""
+        return [[1.0] if block.mixture is None else list(block.mixture().unbind()) for block in self.blocks]
+
+    def _check_inputs(self, input_ids, inputs_embeds, past_key_values, output_attentions) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None and len(self.stems) > 1:
+            raise ValueError(
+                f"inputs_embeds: this hybrid has {len(self.stems)} stems with an embedding each; give input_ids, or "
+                "discretize it first."
+            )
+        if output_attentions:
+            raise ValueError("output_attentions: a hybrid's paths attend differently or not at all; there is no one answer.")
+        if past_key_values is not None and not hasattr(past_key_values, "advance"):
+            raise ValueError(
+                f"past_key_values: got {type(past_key_values).__name__}, allowed is ManticoreCache(model.config) or None."
+            )
+
+    def _check_positions(self, position_ids, seen) -> None:
+        for k, limit in self._position_limits.items():
+            if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
+                raise ValueError(
+                    f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component {k} "
+                    f"({self.config.components[k].model_type}) has {limit} learned positions."
+                )
+
+
+class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
+    """
+    A hybrid with its language-model heads: logits = sum_k a_{B,k} head_k(u_k).
+
+    `from_components` (bound when the package is imported) makes one from pretrained components; the plain constructor
+    makes one from scratch.
+    """
+
+    def __init__(self, config: ManticoreConfig):
+        super().__init__(config)
+        blueprints = component_blueprints(config)
+        self.model = ManticoreModel(config, blueprints)
+        self.junction = self.model.blocks[-1].after
+        self.heads, self.head_projectors = nn.ModuleDict(), nn.ModuleDict()
+        for k, projector in zip(config.head_components, self.junction.in_projectors()):
+            self.heads[str(k)] = blueprints[k].head(norm=config.norm_in_head(k))
+            if projector is not None:
+                self.head_projectors[str(k)] = projector
+        self._tied_weights_keys = {
+            f"heads.{k}.{target}": f"model.stems.{k}.{source}"
+            for k in config.tied_components
+            for target, source in blueprints[k].tied_names.items()
+        } or None
+        self._is_stateful = any(type(path.slice)._is_stateful for block in self.model.blocks for path in block.paths)
+        materialise(self.heads, self.head_projectors)
+        collect_dtype_rules(self, blueprints)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the first stem."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of the first stem."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output matrix of the first head."""
+        return next(iter(self.heads.values())).get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output matrix of the first head."""
+        next(iter(self.heads.values())).set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, for every stem and every head. Returns the first stem's embedding."""
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        for stem in self.model.stems.values():
+            old = stem.get_input_embeddings()
+            stem.set_input_embeddings(self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing))
+        size = self.get_input_embeddings().weight.shape[0]
+        for head in self.heads.values():
+            head.set_output_embeddings(
+                self._get_resized_lm_head(head.get_output_embeddings(), size, mean_resizing=mean_resizing)
+            )
+        self.config.vocab_size = size
+        for component in self.config.components:
+            component.vocab_size = size
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: ManticoreCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Arguments of `ManticoreModel.forward`, and:
+            labels: (batch, tokens), shifted inside; -100 is ignored. `num_items_in_batch` scales the loss as in Trainer.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of the given positions.
+
+        Returns:
+            logits (batch, kept tokens, vocab_size), loss, cache and the B + 1 boundaries of the stream where asked for.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_boundary=True,
+        )
+        logits = self._logits(outputs.boundary.keep(logits_to_keep), outputs.block_weights[self.config.head_block])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _logits(self, boundary: Boundary, block_weights: list) -> torch.Tensor:
+        weights = component_weights(self.config, self.config.head_block, block_weights)
+        gates = list(weights.values())
+        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in gates]
+        projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
+        inputs = self.junction.receive(boundary, projectors, gates, wanted)
+        terms = [
+            (weight, self.heads[str(k)](inputs_embeds=state, use_cache=False).logits)
+            for (k, weight), state in zip(weights.items(), inputs)
+            if state is not None
+        ]
+        if len(gates) == 1:
+            return terms[0][1]
+        return sum((weight * logits for weight, logits in terms[1:]), terms[0][0] * terms[0][1])
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation: got {generation_config.cache_implementation!r}, allowed are None and "
+                    "'dynamic': a hybrid's cache mixes key-value and recurrent layers."
+                )
+            model_kwargs["past_key_values"] = ManticoreCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+class ManticoreForSequenceClassification(GenericForSequenceClassification, ManticorePreTrainedModel):
+    """A classifier on the last token's stream, (batch, D) -> (batch, num_labels)."""
+
+    def __init__(self, config: ManticoreConfig):
+        ManticorePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ManticoreModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class ManticoreForTokenClassification(GenericForTokenClassification, ManticorePreTrainedModel):
+    """A classifier on every token's stream, (batch, tokens, D) -> (batch, tokens, num_labels)."""
+
+    def __init__(self, config: ManticoreConfig):
+        ManticorePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ManticoreModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "ManticoreForCausalLM",
+    "ManticoreForSequenceClassification",
+    "ManticoreForTokenClassification",
+    "ManticoreModel",
+    "ManticorePreTrainedModel",
+]

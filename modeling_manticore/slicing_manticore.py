@@ -1,0 +1,286 @@
+"""Views of a component that run only part of it, through the component's own code.
+
+A slice is the component's base model in which every layer outside [start, stop) is a pass-through stub, the embedding is
+gone, and what belongs before the first or after the last layer is neutral. Families differ in the tables below only;
+`layer_arity` proves for each that the view without layers is the identity.
+"""
+
+import copy
+import functools
+import inspect
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from .cache_manticore import SliceCache
+from .configuration_manticore import ManticoreConfig
+
+
+FINAL_NORMS = ("norm", "final_norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "embedding_norm")
+AFTER_LAST = ("project_out",)
+BEFORE_FIRST = ("project_in", "word_embeddings_layernorm", "drop", "emb_dropout")
+LEARNED_POSITIONS = ("wpe", "embed_positions")
+UNIT_BUFFERS = ("normalizer",)
+UNIT_ATTRIBUTES = ("embedding_multiplier",)
+
+# Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
+ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba")
+
+
+class Zero(nn.Module):
+    """Stands for learned position embeddings where they must not be added."""
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class PassThrough(nn.Module):
+    """
+    Stands for a layer outside the slice: returns its hidden states as that layer would, a tensor (`arity` 0) or an
+    n-tuple, and shows the layer's plain attributes to code that looks at them.
+    """
+
+    def __init__(self, layer: nn.Module, arity: int):
+        super().__init__()
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training":
+                setattr(self, name, value)
+        self.arity = arity
+
+    def forward(self, *args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) + (None,) * (self.arity - 1) if self.arity else hidden
+
+
+class ComponentBlueprint:
+    """
+    A component on the meta device, taken apart: what views are made of. No memory is spent on weights here.
+
+    Args:
+        config: the component's configuration (shared by all its views).
+        attn_implementation: explicitly requested attention implementation, or None for the family's default.
+
+    Raises:
+        ValueError: the family has no list of layers, or its empty view is not the identity.
+    """
+
+    def __init__(self, config: PreTrainedConfig, attn_implementation: str | None = None):
+        self.config = config
+        causal_class = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+        if attn_implementation not in (None, "sdpa"):
+            config._attn_implementation = attn_implementation
+        with torch.device("meta"):
+            self.causal = causal_class(config)
+        self.prefix = causal_class.base_model_prefix
+        base = getattr(self.causal, self.prefix)
+        if type(base) is not _model_class(MODEL_MAPPING, config):
+            raise ValueError(f"{config.model_type}: its causal language model is not built on its base model.")
+        self.layers_name = find_layers(base, config)
+        owner, leaf = owner_of(base, self.layers_name)
+        self.layers = owner._modules[leaf]
+        owner._modules[leaf] = nn.ModuleList()
+        if getattr(config, "layer_arity", None) is None:
+            config.layer_arity = self._find_arity()
+
+    def view(self, start: int, stop: int, stem: bool = False, tail: bool = False) -> PreTrainedModel:
+        """The base model with layers [start, stop) only, as a meta model of the component's own class."""
+        view = self._copy(getattr(self.causal, self.prefix))
+        self._fill(view, start, stop, self.config.layer_arity, stem, tail)
+        return view
+
+    def head(self, norm: bool) -> PreTrainedModel:
+        """
+        The causal language model with an empty base: (last hidden states as `inputs_embeds`) -> logits, with whatever
+        the family does to its logits. `norm`: whether the final norm still has to run.
+        """
+        head = self._copy(self.causal)
+        depth = self.config.num_hidden_layers
+        self._fill(getattr(head, self.prefix), depth, depth, self.config.layer_arity, stem=False, tail=norm)
+        return head
+
+    @property
+    def tied_names(self) -> dict[str, str]:
+        """{parameter of the head view: parameter of the stem view} of the matrices that the family ties."""
+        names = type(self.causal)._tied_weights_keys or {}
+        return {target: source.removeprefix(self.prefix + ".") for target, source in names.items()}
+
+    def _copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        model = copy.deepcopy(model, memo={id(self.config): self.config})
+        for module in model.modules():
+            module._load_state_dict_pre_hooks.clear()
+            if isinstance(module, PreTrainedModel):
+                module._tied_weights_keys, module.all_tied_weights_keys = None, {}
+        return model
+
+    def _fill(self, base, start, stop, arity, stem, tail) -> None:
+        owner, leaf = owner_of(base, self.layers_name)
+        owner._modules[leaf] = nn.ModuleList(
+            copy.deepcopy(layer, memo={id(self.config): self.config}) if start <= i < stop else PassThrough(layer, arity)
+            for i, layer in enumerate(self.layers)
+        )
+        modules = owner._modules
+        if not tail:
+            _replace(modules, FINAL_NORMS + AFTER_LAST, nn.Identity)
+        if stem:
+            return
+        _replace(modules, BEFORE_FIRST, nn.Identity)
+        _replace(modules, LEARNED_POSITIONS, Zero)
+        for name in UNIT_BUFFERS:
+            if name in owner._buffers:
+                owner._buffers[name] = torch.ones_like(owner._buffers[name])
+        for name in UNIT_ATTRIBUTES:
+            if name in vars(owner):
+                setattr(owner, name, 1.0)
+        embedding = base.get_input_embeddings()
+        parent, leaf_name = owner_of(base, next(name for name, module in base.named_modules() if module is embedding))
+        parent._modules[leaf_name] = nn.Identity()
+        allowed = [f"{self.layers_name}."] + [self.layers_name.rpartition(".")[0] + f".{name}." for name in FINAL_NORMS + AFTER_LAST]
+        allowed = tuple(name.removeprefix(".") for name in allowed)
+        stray = [name for name, _ in base.named_parameters() if not name.startswith(allowed)]
+        if stray:
+            raise ValueError(f"{self.config.model_type}: cannot be sliced, it has parameters outside its layers: {stray}.")
+
+    @torch.no_grad()
+    def _find_arity(self) -> int:
+        """
+        The guard: the view without layers must be the identity on `inputs_embeds`, also in training mode. Returns what
+        its layers return (0: a tensor, n: an n-tuple).
+        """
+        with torch.random.fork_rng(devices=[]):
+            hidden = torch.randn(2, 3, self.config.hidden_size, device="cpu", dtype=torch.float32)
+            problems = []
+            for arity in (0, 1, 2, 3):
+                view = self._copy(getattr(self.causal, self.prefix))
+                self._fill(view, 0, 0, arity, stem=False, tail=False)
+                with torch.device("cpu"):
+                    view = view.to_empty(device="cpu").float()
+                    view.initialize_weights()
+                    positions = torch.arange(3, device="cpu").expand(2, 3)
+                    try:
+                        output = run_view(
+                            view.train(), inputs_embeds=hidden, attention_mask=torch.ones_like(positions), position_ids=positions
+                        )
+                    except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
+                        problems.append(f"arity {arity}: {type(error).__name__}: {error}")
+                        continue
+                if isinstance(output, torch.Tensor) and output.shape == hidden.shape and torch.equal(output, hidden):
+                    return arity
+                problems.append(f"arity {arity}: it changes its input")
+        raise ValueError(
+            f"{self.config.model_type}: cannot be sliced, its base model without layers is not the identity "
+            f"({'; '.join(problems)[:400]})."
+        )
+
+
+@functools.cache
+def _parameters(model_class: type) -> frozenset:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def run_view(
+    view: PreTrainedModel,
+    *,
+    input_ids: torch.LongTensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    cache: SliceCache | None = None,
+) -> torch.Tensor:
+    """
+    Run a stem or a slice: tokens (batch, tokens) or hidden states (batch, tokens, d_k) -> hidden states
+    (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far.
+    """
+    tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    if cache is not None and tokens > 1 and cache.get_seq_length() and view.config.model_type in ONE_TOKEN_AT_A_TIME:
+        return _run_token_by_token(view, inputs_embeds, position_ids, cache)
+    accepted = _parameters(type(view))
+    arguments = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = position_ids
+    recurrent = "cache_params" in accepted
+    if recurrent and attention_mask is not None:
+        attention_mask = attention_mask[:, -tokens:] if tokens > 1 else None
+    arguments["attention_mask"] = attention_mask
+    arguments["use_cache"] = cache is not None
+    if cache is not None:
+        arguments["cache_params" if recurrent else "past_key_values"] = cache
+    return view(**arguments)[0]
+
+
+def _run_token_by_token(view, inputs_embeds, position_ids, cache):
+    steps = []
+    for t in range(inputs_embeds.shape[1]):
+        now = slice(t, t + 1)
+        steps.append(run_view(view, inputs_embeds=inputs_embeds[:, now], position_ids=position_ids[:, now], cache=cache))
+    return torch.cat(steps, dim=1)
+
+
+def position_limit(stem: PreTrainedModel) -> int | None:
+    """Number of learned positions of a stem, None where the family has none."""
+    has_learned = any(name.rpartition(".")[2] in LEARNED_POSITIONS for name, _ in stem.named_modules())
+    return stem.config.max_position_embeddings if has_learned else None
+
+
+def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | None]:
+    """One blueprint per component, None for components that no path uses."""
+    if not config.blocks:
+        raise ValueError("blocks: got an empty configuration; a hybrid needs components and blocks.")
+    used = config.used_components
+    requested = config._attn_implementation
+    return [
+        ComponentBlueprint(component, requested) if k in used else None for k, component in enumerate(config.components)
+    ]
+
+
+def materialise(*modules: nn.Module) -> None:
+    """Give views, which are built on meta, memory on the device that the model is being built on."""
+    device = torch.get_default_device()
+    if device.type != "meta":
+        for module in modules:
+            for view in [child for child in module.modules() if isinstance(child, PreTrainedModel) and child is not module]:
+                if any(tensor.is_meta for tensor in [*view.parameters(), *view.buffers()]):
+                    view.to_empty(device=device)
+
+
+def collect_dtype_rules(model: PreTrainedModel, blueprints: list) -> None:
+    """Dtype rules of the families, which transformers looks for in direct children only."""
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        found = {rule for b in blueprints if b is not None for rule in getattr(b.causal, name) or ()}
+        setattr(model, name, set(getattr(model, name) or ()) | found)
+
+
+def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:
+    """Positions (batch, tokens): as given, else counted from the mask, else consecutive."""
+    batch, tokens = given.shape[:2]
+    if position_ids is not None:
+        return position_ids.expand(batch, -1)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+    return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
+
+
+def _replace(modules: dict, names: tuple, factory: type) -> None:
+    for name in names:
+        if modules.get(name) is not None:
+            modules[name] = factory()
+
+
+def _model_class(mapping, config: PreTrainedConfig) -> type:
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def find_layers(base: PreTrainedModel, config: PreTrainedConfig) -> str:
+    for name, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return name
+    raise ValueError(f"{config.model_type}: cannot be sliced, it has no list of {config.num_hidden_layers} layers.")
+
+
+def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = path.rpartition(".")
+    return (root.get_submodule(parent) if parent else root), leaf
+
+
+__all__ = ["ComponentBlueprint"]
