@@ -1,4 +1,4 @@
-"""Cache of a hybrid: one flat list of transformers' own cache layers, seen by each path through a view of its slice."""
+"""Cache of a hybrid: a flat list of transformers' own cache layers, seen by each path through a view of its slice."""
 
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache
 
@@ -49,7 +49,9 @@ class ManticoreCache(Cache):
         super().__init__(layers=layers)
         self.seen_tokens = 0
         self._views = {
-            (b, p): SliceCache(self, owned[b, p], config.blocks[b][p]["start"], config.depth(config.blocks[b][p]["component"]))
+            (b, p): SliceCache(
+                self, owned[b, p], config.blocks[b][p]["start"], config.depth(config.blocks[b][p]["component"])
+            )
             for b, p in owned
         }
 

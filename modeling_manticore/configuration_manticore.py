@@ -12,6 +12,15 @@ HEAD_MIXTURES = ("last", "first")
 PROJECTOR_INITS = ("identity", "random")
 PATH_KEYS = ("component", "start", "stop")
 
+# Which class each Auto class of transformers finds in the code that travels with a checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_manticore.ManticoreConfig",
+    "AutoModel": "modeling_manticore.ManticoreModel",
+    "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_manticore.ManticoreForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
+}
+
 REFUSED_FAMILIES = {
     "zamba2": "its layers read the original embeddings and share weights across the depth",
     "zamba": "its layers read the original embeddings and share weights across the depth",
@@ -74,7 +83,9 @@ class ManticoreConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.components = [_component_config(entry, k) for k, entry in enumerate(_as_list(self.components, "components"))]
+        self.components = [
+            _component_config(entry, k) for k, entry in enumerate(_as_list(self.components, "components"))
+        ]
         self.blocks = [_block(block, b) for b, block in enumerate(_as_list(self.blocks, "blocks"))]
         self._validate_options()
         if self.components or self.blocks:
@@ -91,7 +102,9 @@ class ManticoreConfig(PreTrainedConfig):
             ("projector_init", PROJECTOR_INITS),
         ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(map(repr, allowed))}.")
+                raise ValueError(
+                    f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(map(repr, allowed))}."
+                )
         if not isinstance(self.project_ends, bool):
             raise ValueError(f"project_ends: got {self.project_ends!r}, allowed are True and False.")
         for field in ("mixture_temperature", "initializer_range"):
@@ -119,14 +132,16 @@ class ManticoreConfig(PreTrainedConfig):
                 depth = self.components[path["component"]].num_hidden_layers
                 if not 0 <= path["start"] < path["stop"] <= depth:
                     raise ValueError(
-                        f"{where}: got layers [{path['start']}, {path['stop']}), allowed is 0 <= start < stop <= {depth}, "
-                        f"the depth of component {path['component']}."
+                        f"{where}: got layers [{path['start']}, {path['stop']}), allowed is 0 <= start < stop <= "
+                        f"{depth}, the depth of component {path['component']}."
                     )
         if not _is_int(self.tokenizer_from) or not 0 <= self.tokenizer_from < count:
             raise ValueError(f"tokenizer_from: got {self.tokenizer_from!r}, allowed is 0..{count - 1}.")
         widest = max(component.hidden_size for component in self.components)
         if self.hidden_size is not None and self.hidden_size < widest:
-            raise ValueError(f"hidden_size: got {self.hidden_size}, allowed is at least {widest}, the widest component.")
+            raise ValueError(
+                f"hidden_size: got {self.hidden_size}, allowed is at least {widest}, the widest component."
+            )
         sizes = [component.vocab_size for component in self.components]
         expected = sizes[self.tokenizer_from] if self.vocab_size is None else self.vocab_size
         for k, size in enumerate(sizes):
@@ -251,7 +266,7 @@ def _component_config(entry: Any, index: int) -> PreTrainedConfig:
         config = copy.deepcopy(entry)
     else:
         raise ValueError(
-            f"components[{index}]: got {type(entry).__name__}, allowed is a transformers configuration or a dictionary."
+            f"components[{index}]: got {type(entry).__name__}, allowed is a configuration or a dictionary."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -259,7 +274,9 @@ def _component_config(entry: Any, index: int) -> PreTrainedConfig:
             "Load it with `dequantize=True`, save it, and use that folder."
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"components[{index}].model_type: got {config.model_type!r}, which is not a causal language model.")
+        raise ValueError(
+            f"components[{index}].model_type: got {config.model_type!r}, which is not a causal language model."
+        )
     config.dtype = None
     return config
 

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
+from .slicing_manticore import run_view
 
 
 def pad(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -162,7 +165,9 @@ class Junction:
         self.sources, self.targets = sources, targets
         self.gate, self.width = config.gate, config.hidden_size
         self.single = len(sources) == 1 and len(targets) == 1
-        self.direct = [[source.component == t.component and source.position == t.position for source in sources] for t in targets]
+        self.direct = [
+            [source.component == t.component and source.position == t.position for source in sources] for t in targets
+        ]
         self.fixed = is_end and not config.project_ends and not self.single
         routed = self.gate == "routed"
         self.has_out = not self.fixed and len(sources) > 1
@@ -185,7 +190,10 @@ class Junction:
         """Source side: gated images in the stream, (1 - g) W_out v + g pad(v), for whoever needs them."""
         projected = [None] * len(states)
         if need_stream or not self.single:
-            used = [need_stream or any(not row[j] for row in self.direct) or self.gate != "routed" for j in range(len(states))]
+            used = [
+                need_stream or any(not row[j] for row in self.direct) or self.gate != "routed"
+                for j in range(len(states))
+            ]
             projected = [
                 None if state is None or not wanted else self._image(state, weight, projector)
                 for state, weight, projector, wanted in zip(states, weights, projectors, used)
@@ -263,7 +271,9 @@ def junctions(config: ManticoreConfig) -> list[Junction]:
     stems = [end(k, (0, False)) for k in config.stem_components]
     heads = [end(k, (config.depth(k), not config.norm_in_head(k))) for k in config.head_components]
     entries = [[end(path["component"], (path["start"], False)) for path in block] for block in config.blocks]
-    exits = [[end(path["component"], finish(b, p)) for p, path in enumerate(block)] for b, block in enumerate(config.blocks)]
+    exits = [
+        [end(path["component"], finish(b, p)) for p, path in enumerate(block)] for b, block in enumerate(config.blocks)
+    ]
     sources, targets = [stems] + exits, entries + [heads]
     last = len(sources) - 1
     return [Junction(sources[i], targets[i], config, i in (0, last)) for i in range(len(sources))]
@@ -276,6 +286,68 @@ def component_weights(config: ManticoreConfig, block: int, weights: list) -> dic
         k = path["component"]
         totals[k] = totals[k] + weight if k in totals else weight
     return {k: totals[k] for k in sorted(totals)}
+
+
+class ManticorePath(nn.Module):
+    """One slice with its in-projector and out-projector, where the junctions on its two sides need them."""
+
+    def __init__(self, view: PreTrainedModel, in_projector: Projector | None, out_projector: Projector | None):
+        super().__init__()
+        self.slice = view
+        self.in_projector = in_projector
+        self.out_projector = out_projector
+
+
+class ManticoreBlock(nn.Module):
+    """The paths that run side by side on one shared hidden state."""
+
+    def __init__(self, config: ManticoreConfig, index: int, before: Junction, after: Junction, blueprints: list):
+        super().__init__()
+        self.index, self.before, self.after = index, before, after
+        entries, exits = before.in_projectors(), after.out_projectors()
+        self.paths = nn.ModuleList()
+        for p, path in enumerate(config.blocks[index]):
+            view = blueprints[path["component"]].view(
+                path["start"], path["stop"], tail=config.ends_component(index, p)
+            )
+            self.paths.append(ManticorePath(view, entries[p], exits[p]))
+        count = len(self.paths)
+        self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
+
+    def mixture_weights(self) -> torch.Tensor:
+        """The block's point of the simplex, shape (paths,), float32; [1.] for a block of one path."""
+        if self.mixture is None:
+            return torch.ones(1)
+        return self.mixture.weights_without_noise()
+
+    def forward(
+        self,
+        boundary: Boundary,
+        weights: list,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        cache: ManticoreCache | None = None,
+        need_stream: bool = False,
+    ) -> Boundary:
+        """Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation."""
+        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
+        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, wanted)
+        states = []
+        for p, path in enumerate(self.paths):
+            if inputs[p] is None:
+                states.append(None)
+                continue
+            view = None if cache is None else cache.view(self.index, p)
+            states.append(
+                run_view(
+                    path.slice,
+                    inputs_embeds=inputs[p],
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    cache=view,
+                )
+            )
+        return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
 
 
 def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:
@@ -314,4 +386,4 @@ def _cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
     return growing * 2 * heads * width * itemsize
 
 
-__all__ = ["Junction", "Mixture", "Projector"]
+__all__ = ["Junction", "ManticoreBlock", "Mixture", "Projector"]

@@ -14,10 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import ManticoreCache
-from .configuration_manticore import ManticoreConfig
+from .configuration_manticore import AUTO_MAP, ManticoreConfig
 from .mixing_manticore import (
     Boundary,
-    Junction,
+    ManticoreBlock,
     Mixture,
     Projector,
     component_weights,
@@ -45,62 +45,6 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
 
     boundary: Boundary | None = None
     block_weights: list | None = None
-
-
-class ManticorePath(nn.Module):
-    """One slice with its in-projector and out-projector, where the junctions on its two sides need them."""
-
-    def __init__(self, view: PreTrainedModel, in_projector: Projector | None, out_projector: Projector | None):
-        super().__init__()
-        self.slice = view
-        self.in_projector = in_projector
-        self.out_projector = out_projector
-
-
-class ManticoreBlock(nn.Module):
-    """The paths that run side by side on one shared hidden state."""
-
-    def __init__(self, config: ManticoreConfig, index: int, before: Junction, after: Junction, blueprints: list):
-        super().__init__()
-        self.index, self.before, self.after = index, before, after
-        entries, exits = before.in_projectors(), after.out_projectors()
-        self.paths = nn.ModuleList()
-        for p, path in enumerate(config.blocks[index]):
-            view = blueprints[path["component"]].view(path["start"], path["stop"], tail=config.ends_component(index, p))
-            self.paths.append(ManticorePath(view, entries[p], exits[p]))
-        count = len(self.paths)
-        self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
-
-    def mixture_weights(self) -> torch.Tensor:
-        """The block's point of the simplex, shape (paths,), float32; [1.] for a block of one path."""
-        if self.mixture is None:
-            return torch.ones(1)
-        return self.mixture.weights_without_noise()
-
-    def forward(
-        self,
-        boundary: Boundary,
-        weights: list,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        cache: ManticoreCache | None = None,
-        need_stream: bool = False,
-    ) -> Boundary:
-        """Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation."""
-        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
-        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, wanted)
-        states = []
-        for p, path in enumerate(self.paths):
-            if inputs[p] is None:
-                states.append(None)
-                continue
-            view = None if cache is None else cache.view(self.index, p)
-            states.append(
-                run_view(
-                    path.slice, inputs_embeds=inputs[p], attention_mask=attention_mask, position_ids=position_ids, cache=view
-                )
-            )
-        return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
 
 
 class ManticorePreTrainedModel(PreTrainedModel):
@@ -137,6 +81,14 @@ class ManticorePreTrainedModel(PreTrainedModel):
     def trunk(self) -> "ManticoreModel":
         """The `ManticoreModel` of this model."""
         return self if isinstance(self, ManticoreModel) else self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the first stem."""
+        return next(iter(self.trunk.stems.values())).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of the first stem."""
+        next(iter(self.trunk.stems.values())).set_input_embeddings(value)
 
     def mixture_weights(self) -> list[torch.Tensor]:
         """The mixture weights of every block: B float32 tensors on the simplex, shape (paths of the block,)."""
@@ -180,7 +132,10 @@ class ManticorePreTrainedModel(PreTrainedModel):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(target))
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.") as staging:
+        self.config.auto_map = dict(AUTO_MAP)
+        with tempfile.TemporaryDirectory(
+            dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}."
+        ) as staging:
             super().save_pretrained(staging, is_main_process=is_main_process, **kwargs)
             if is_main_process:
                 _move_into(staging, target)
@@ -188,7 +143,9 @@ class ManticorePreTrainedModel(PreTrainedModel):
 
 def _move_into(staging: str, target: str) -> None:
     def rank(name: str) -> int:
-        return 0 if name.endswith(".safetensors") else 1 if name.endswith(".index.json") else 2 + (name == "config.json")
+        return (
+            0 if name.endswith(".safetensors") else 1 if name.endswith(".index.json") else 2 + (name == "config.json")
+        )
 
     os.makedirs(target, exist_ok=True)
     fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
@@ -221,14 +178,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         materialise(self)
         collect_dtype_rules(self, blueprints)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the first stem."""
-        return next(iter(self.stems.values())).get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding of the first stem."""
-        next(iter(self.stems.values())).set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -271,7 +220,9 @@ class ManticoreModel(ManticorePreTrainedModel):
         self._check_positions(position_ids, seen)
 
         weights = self._block_weights()
-        boundary = self.run_stems(input_ids, inputs_embeds, attention_mask, position_ids, weights[0], output_hidden_states)
+        boundary = self.run_stems(
+            input_ids, inputs_embeds, attention_mask, position_ids, weights[0], output_hidden_states
+        )
         streams = [stream_of(boundary)] if output_hidden_states else []
         for b, block in enumerate(self.blocks):
             last = b == len(self.blocks) - 1
@@ -289,7 +240,9 @@ class ManticoreModel(ManticorePreTrainedModel):
             block_weights=weights if return_boundary else None,
         )
 
-    def run_stems(self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream) -> Boundary:
+    def run_stems(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream
+    ) -> Boundary:
         weights = component_weights(self.config, 0, first_weights)
         states = [
             run_view(
@@ -317,18 +270,20 @@ class ManticoreModel(ManticorePreTrainedModel):
                 "discretize it first."
             )
         if output_attentions:
-            raise ValueError("output_attentions: a hybrid's paths attend differently or not at all; there is no one answer.")
+            raise ValueError(
+                "output_attentions: a hybrid's paths attend differently or not at all; there is no one answer."
+            )
         if past_key_values is not None and not hasattr(past_key_values, "advance"):
             raise ValueError(
-                f"past_key_values: got {type(past_key_values).__name__}, allowed is ManticoreCache(model.config) or None."
+                f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
             )
 
     def _check_positions(self, position_ids, seen) -> None:
         for k, limit in self._position_limits.items():
             if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
                 raise ValueError(
-                    f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component {k} "
-                    f"({self.config.components[k].model_type}) has {limit} learned positions."
+                    f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component "
+                    f"{k} ({self.config.components[k].model_type}) has {limit} learned positions."
                 )
 
 
@@ -360,14 +315,6 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         collect_dtype_rules(self, blueprints)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the first stem."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding of the first stem."""
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         """The output matrix of the first head."""
         return next(iter(self.heads.values())).get_output_embeddings()
@@ -384,7 +331,9 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             return self.get_input_embeddings()
         for stem in self.model.stems.values():
             old = stem.get_input_embeddings()
-            stem.set_input_embeddings(self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing))
+            stem.set_input_embeddings(
+                self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+            )
         size = self.get_input_embeddings().weight.shape[0]
         for head in self.heads.values():
             head.set_output_embeddings(
@@ -413,11 +362,11 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Arguments of `ManticoreModel.forward`, and:
-            labels: (batch, tokens), shifted inside; -100 is ignored. `num_items_in_batch` scales the loss as in Trainer.
+            labels: (batch, tokens), shifted inside; -100 is ignored. `num_items_in_batch` scales the loss.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given positions.
 
         Returns:
-            logits (batch, kept tokens, vocab_size), loss, cache and the B + 1 boundaries of the stream where asked for.
+            logits (batch, kept tokens, vocab_size), loss, cache and the B + 1 boundaries of the stream if asked for.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -453,7 +402,9 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             return terms[0][1]
         return sum((weight * logits for weight, logits in terms[1:]), terms[0][0] * terms[0][1])
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Views of a component that run only part of it, through the component's own code.
 
-A slice is the component's base model in which every layer outside [start, stop) is a pass-through stub, the embedding is
-gone, and what belongs before the first or after the last layer is neutral. Families differ in the tables below only;
+A slice is the component's base model in which every layer outside [start, stop) is a pass-through stub, the embedding
+is gone, and what belongs before the first or after the last layer is neutral. Families differ in tables only;
 `layer_arity` proves for each that the view without layers is the identity.
 """
 
@@ -116,7 +116,9 @@ class ComponentBlueprint:
     def _fill(self, base, start, stop, arity, stem, tail) -> None:
         owner, leaf = owner_of(base, self.layers_name)
         owner._modules[leaf] = nn.ModuleList(
-            copy.deepcopy(layer, memo={id(self.config): self.config}) if start <= i < stop else PassThrough(layer, arity)
+            copy.deepcopy(layer, memo={id(self.config): self.config})
+            if start <= i < stop
+            else PassThrough(layer, arity)
             for i, layer in enumerate(self.layers)
         )
         modules = owner._modules
@@ -135,11 +137,15 @@ class ComponentBlueprint:
         embedding = base.get_input_embeddings()
         parent, leaf_name = owner_of(base, next(name for name, module in base.named_modules() if module is embedding))
         parent._modules[leaf_name] = nn.Identity()
-        allowed = [f"{self.layers_name}."] + [self.layers_name.rpartition(".")[0] + f".{name}." for name in FINAL_NORMS + AFTER_LAST]
+        allowed = [f"{self.layers_name}."] + [
+            self.layers_name.rpartition(".")[0] + f".{name}." for name in FINAL_NORMS + AFTER_LAST
+        ]
         allowed = tuple(name.removeprefix(".") for name in allowed)
         stray = [name for name, _ in base.named_parameters() if not name.startswith(allowed)]
         if stray:
-            raise ValueError(f"{self.config.model_type}: cannot be sliced, it has parameters outside its layers: {stray}.")
+            raise ValueError(
+                f"{self.config.model_type}: cannot be sliced, it has parameters outside its layers: {stray}."
+            )
 
     @torch.no_grad()
     def _find_arity(self) -> int:
@@ -159,7 +165,10 @@ class ComponentBlueprint:
                     positions = torch.arange(3, device="cpu").expand(2, 3)
                     try:
                         output = run_view(
-                            view.train(), inputs_embeds=hidden, attention_mask=torch.ones_like(positions), position_ids=positions
+                            view.train(),
+                            inputs_embeds=hidden,
+                            attention_mask=torch.ones_like(positions),
+                            position_ids=positions,
                         )
                     except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
                         problems.append(f"arity {arity}: {type(error).__name__}: {error}")
@@ -212,7 +221,9 @@ def _run_token_by_token(view, inputs_embeds, position_ids, cache):
     steps = []
     for t in range(inputs_embeds.shape[1]):
         now = slice(t, t + 1)
-        steps.append(run_view(view, inputs_embeds=inputs_embeds[:, now], position_ids=position_ids[:, now], cache=cache))
+        steps.append(
+            run_view(view, inputs_embeds=inputs_embeds[:, now], position_ids=position_ids[:, now], cache=cache)
+        )
     return torch.cat(steps, dim=1)
 
 
@@ -229,7 +240,8 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     used = config.used_components
     requested = config._attn_implementation
     return [
-        ComponentBlueprint(component, requested) if k in used else None for k, component in enumerate(config.components)
+        ComponentBlueprint(component, requested) if k in used else None
+        for k, component in enumerate(config.components)
     ]
 
 
@@ -238,7 +250,9 @@ def materialise(*modules: nn.Module) -> None:
     device = torch.get_default_device()
     if device.type != "meta":
         for module in modules:
-            for view in [child for child in module.modules() if isinstance(child, PreTrainedModel) and child is not module]:
+            for view in [
+                child for child in module.modules() if isinstance(child, PreTrainedModel) and child is not module
+            ]:
                 if any(tensor.is_meta for tensor in [*view.parameters(), *view.buffers()]):
                     view.to_empty(device=device)
 

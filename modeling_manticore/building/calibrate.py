@@ -74,7 +74,7 @@ def calibrate(
     In a supernet the stream becomes the hidden space of a reference component (the widest, then the first):
     out-projectors map each component's states to the reference's at the same boundary, in-projectors back, each inside
     its gated formula at the current mixture weights. In a discretized hybrid each bridge maps the states of the hybrid
-    itself, all earlier bridges in place, to the next component's own states (`order="sequential"`, one pass a bridge), or
+    itself, all earlier bridges in place, to the next component's own states (`order="sequential"`, a pass each), or
     the previous component's own states (`order="parallel"`, one pass in all).
 
     Args:
@@ -151,7 +151,7 @@ def _bridge_steps(model: PreTrainedModel, plan: list[Junction], states: Componen
                     position = target.position
                     return boundary.states[0], states.run(target.component, batch, [position])[position]
 
-        name, projector = _in_projectors(model, index)[0]
+        name, projector = in_projectors_of(model, index)[0]
         yield [Problem(name, projector, pair)]
 
 
@@ -176,7 +176,7 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
     source_gates, target_gates = stem_and_block_gates(model), block_and_head_gates(model)
     for index, junction in enumerate(plan):
         position = _reference_position(config, reference, index)
-        outs, ins = _out_projectors(model, index), _in_projectors(model, index)
+        outs, ins = out_projectors_of(model, index), in_projectors_of(model, index)
         for j, source in enumerate(junction.sources):
             if outs[j] is None:
                 continue
@@ -187,7 +187,11 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
             if 1 - gate >= SMALLEST_SHARE:
                 read, target = own(source.component, source.position), own(reference, position)
                 problems.append(Problem(*outs[j], _ungated(read, target, gate, junction.width)))
-        stream = own(reference, position) if junction.has_out else own(junction.sources[0].component, junction.sources[0].position)
+        stream = (
+            own(reference, position)
+            if junction.has_out
+            else own(junction.sources[0].component, junction.sources[0].position)
+        )
         for t, target in enumerate(junction.targets):
             if ins[t] is None:
                 continue
@@ -197,8 +201,10 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
             gate = _gate(junction, ins[t][1], target_gates[index][t], alone=len(junction.targets) == 1)
             if 1 - gate >= SMALLEST_SHARE:
                 width = ins[t][1].in_features
-                read = (lambda given, stream=stream, width=width: pad(stream(given), width))
-                problems.append(Problem(*ins[t], _ungated(read, own(target.component, target.position), gate, target.width)))
+                read = _padded(stream, width)
+                problems.append(
+                    Problem(*ins[t], _ungated(read, own(target.component, target.position), gate, target.width))
+                )
     return problems
 
 
@@ -215,10 +221,14 @@ def _ungated(read: Callable, target: Callable, gate: float, width: int) -> Calla
     return pair
 
 
+def _padded(read: Callable, width: int) -> Callable:
+    return lambda given: pad(read(given), width)
+
+
 def _gate(junction: Junction, projector: Projector, weight: float, alone: bool) -> float:
     if alone or junction.gate in ("routed", "none"):
         return 0.0
-    return float(projector.strength()) if junction.gate == "learned" else float(weight)
+    return projector.strength().item() if junction.gate == "learned" else float(weight)
 
 
 def _reference(config) -> int:
@@ -243,7 +253,7 @@ def _set_identity(projector: Projector) -> None:
     projector.bias.zero_()
 
 
-def _in_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
+def in_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
     """(name, module) of the in-projectors of a junction, None where a target has none."""
     config = model.config
     if junction < len(config.blocks):
@@ -251,13 +261,11 @@ def _in_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Pro
         found = [(f"blocks.{junction}.paths.{p}.in_projector", path.in_projector) for p, path in enumerate(paths)]
     else:
         table = getattr(model, "head_projectors", {})
-        found = [
-            (f"head_projectors.{k}", table[str(k)] if str(k) in table else None) for k in config.head_components
-        ]
+        found = [(f"head_projectors.{k}", table[str(k)] if str(k) in table else None) for k in config.head_components]
     return [pair if pair[1] is not None else None for pair in found]
 
 
-def _out_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
+def out_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
     """(name, module) of the out-projectors of a junction, None where a source has none."""
     trunk = model.trunk
     if junction == 0:
@@ -267,5 +275,7 @@ def _out_projectors(model: PreTrainedModel, junction: int) -> list[tuple[str, Pr
         ]
     else:
         paths = trunk.blocks[junction - 1].paths
-        found = [(f"blocks.{junction - 1}.paths.{p}.out_projector", path.out_projector) for p, path in enumerate(paths)]
+        found = [
+            (f"blocks.{junction - 1}.paths.{p}.out_projector", path.out_projector) for p, path in enumerate(paths)
+        ]
     return [pair if pair[1] is not None else None for pair in found]

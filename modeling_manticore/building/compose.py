@@ -47,7 +47,7 @@ def from_components(
         layers.
 
     Raises:
-        ValueError: names what is wrong; nothing has been loaded by then, except where the weights themselves are at fault.
+        ValueError: names what is wrong; nothing is loaded by then, except where the weights are at fault.
     """
     if (num_blocks is None) == (blocks is None):
         raise ValueError("num_blocks, blocks: give exactly one of the two.")
@@ -109,7 +109,9 @@ def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedMod
     if str(k) in getattr(model, "heads", {}):
         pairs.append((model.heads[str(k)], component))
     for view, source in pairs:
-        tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
+        tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(
+            source.named_buffers(remove_duplicate=False)
+        )
         dtype = {name: parameter.dtype for name, parameter in view.named_parameters()}
         for name, old in [*view.named_parameters(), *view.named_buffers()]:
             value = tensors[name].detach()
@@ -117,10 +119,10 @@ def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedMod
                 value = value.to(dtype[name])
             fresh = move and value.data_ptr() not in taken
             taken.add(value.data_ptr())
-            _set_tensor(view, name, value if fresh and value is not tensors[name] else value.clone(), old)
+            set_tensor(view, name, value if fresh and value is not tensors[name] else value.clone(), old)
 
 
-def _set_tensor(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     if isinstance(old, nn.Parameter):
@@ -141,8 +143,12 @@ def initialise_joints(model: PreTrainedModel) -> None:
 
 
 def _inside_component(model: PreTrainedModel, module: nn.Module) -> bool:
-    return any(module is child for view in model.modules() if isinstance(view, PreTrainedModel) and view is not model
-               and view is not model.trunk for child in view.modules())
+    return any(
+        module is child
+        for view in model.modules()
+        if isinstance(view, PreTrainedModel) and view is not model and view is not model.trunk
+        for child in view.modules()
+    )
 
 
 def _configuration(sources: list[ComponentSource], num_blocks, blocks, tokenizer_from, options) -> ManticoreConfig:

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Junction, Projector, junctions
-from .calibrate import ORDERS, _in_projectors, _out_projectors, calibrate
-from .compose import _set_tensor
+from .calibrate import ORDERS, calibrate, in_projectors_of, out_projectors_of
+from .compose import set_tensor
 from .texts import batches_of
 
 
@@ -32,9 +32,9 @@ def discretize(
     """
     Keep one path per block.
 
-    Consecutive slices of one component that continue each other are merged and need no bridge. Every other junction gets
-    one linear bridge: the supernet's own W_in W_out at the corner (`refit=False`, or no calibration text), or fitted
-    directly on `calibration` with the supernet's components as targets.
+    Consecutive slices of one component that continue each other are merged and need no bridge. Every other junction
+    gets one linear bridge: the supernet's own W_in W_out at the corner (`refit=False`, or no calibration text), or
+    fitted directly on `calibration` with the supernet's components as targets.
 
     Args:
         choice: "argmax", or the index of the kept path for every block.
@@ -59,7 +59,7 @@ def discretize(
     target, groups = _merged(config, chosen)
     if len(target.used_components) == 1 and len(config.used_components) > 1:
         logger.warning(
-            f"component {target.used_components[0]} wins every block: the result is a cut of that component alone, no hybrid."
+            f"component {target.used_components[0]} wins every block: the result is a cut of that component alone."
         )
     hybrid = _select(model, target, groups, chosen)
     if batches_wanted:
@@ -82,7 +82,9 @@ def _choice(model: PreTrainedModel, choice: Any) -> list[int]:
             raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index per block.")
         return [int(point.argmax()) for point in model.mixture_weights()]
     if not isinstance(choice, (list, tuple)) or len(choice) != len(blocks):
-        raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index for each of {len(blocks)} blocks.")
+        raise ValueError(
+            f"choice: got {choice!r}, allowed are 'argmax' and one path index for each of {len(blocks)} blocks."
+        )
     for b, (p, block) in enumerate(zip(choice, blocks)):
         if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < len(block):
             raise ValueError(f"choice[{b}]: got {p!r}, allowed is 0..{len(block) - 1}.")
@@ -105,7 +107,13 @@ def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig
     for path in paths:
         path["component"] = keep.index(path["component"])
     fields = config.to_dict()
-    for derived in ("num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "model_type", "transformers_version"):
+    for derived in (
+        "num_hidden_layers",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "model_type",
+        "transformers_version",
+    ):
         fields.pop(derived, None)
     fields["components"] = [config.components[k] for k in keep]
     fields["blocks"] = [[path] for path in paths]
@@ -117,7 +125,9 @@ def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig
 
 
 @torch.no_grad()
-def _select(model: PreTrainedModel, target: ManticoreConfig, groups: list[list[int]], chosen: list[int]) -> PreTrainedModel:
+def _select(
+    model: PreTrainedModel, target: ManticoreConfig, groups: list[list[int]], chosen: list[int]
+) -> PreTrainedModel:
     keep = target.kept_components
     del target.kept_components
     default = torch.get_default_dtype()
@@ -139,7 +149,9 @@ def _select(model: PreTrainedModel, target: ManticoreConfig, groups: list[list[i
     for key, head in getattr(hybrid, "heads", {}).items():
         k = keep[int(key)]
         if str(k) not in model.heads:
-            raise ValueError(f"choice: component {k} is chosen for the last block, but the supernet has no head of it.")
+            raise ValueError(
+                f"choice: component {k} is chosen for the last block, but the supernet has no head of it."
+            )
         base = head.base_model_prefix + "."
         pool = {base + name: tensor for name, tensor in _pool(model, k).items()}
         _fill(head, pool | _tensors(model.heads[str(k)]))
@@ -175,7 +187,7 @@ def _fill(view: nn.Module, pool: dict[str, torch.Tensor]) -> None:
     for name, old in [*view.named_parameters(), *view.named_buffers()]:
         if name not in pool:
             raise ValueError(f"choice: {name} is in no path, stem or head of the supernet.")
-        _set_tensor(view, name, pool[name].detach().clone(), old)
+        set_tensor(view, name, pool[name].detach().clone(), old)
 
 
 def _fill_rest(hybrid: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -183,7 +195,7 @@ def _fill_rest(hybrid: PreTrainedModel, model: PreTrainedModel) -> None:
     own = _tensors(model)
     for name, old in [*hybrid.named_parameters(), *hybrid.named_buffers()]:
         if old.is_meta and name in own and own[name].shape == old.shape:
-            _set_tensor(hybrid, name, own[name].detach().clone(), old)
+            set_tensor(hybrid, name, own[name].detach().clone(), old)
     for module in hybrid.modules():
         if isinstance(module, Projector) and any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device=model.device)
@@ -194,7 +206,7 @@ def _compose_bridges(hybrid, model, groups, chosen, keep) -> None:
     old_plan = junctions(model.config)
     starts = [group[0] for group in groups] + [len(chosen)]
     for index, junction in enumerate(junctions(hybrid.config)):
-        pair = _in_projectors(hybrid, index)[0] if _in_projectors(hybrid, index) else None
+        pair = in_projectors_of(hybrid, index)[0] if in_projectors_of(hybrid, index) else None
         if pair is None:
             continue
         old_index = starts[index]
@@ -215,17 +227,21 @@ def _side_index(ends: list, component: int, block: int, chosen: list[int]) -> in
 
 def corner_map(model: PreTrainedModel, junction: Junction, index: int, source: int, target: int):
     """
-    Weight (d_target, d_source) and bias (d_target,), float32, of the map from source to target at the corner where both
-    have weight 1 (equations of design 3 with a = 1).
+    Weight (d_target, d_source) and bias (d_target,), float32, of the map from source to target at the corner where
+    both have weight 1 (equations of design 3 with a = 1).
     """
-    out, into = _out_projectors(model, index)[source], _in_projectors(model, index)[target]
+    out, into = out_projectors_of(model, index)[source], in_projectors_of(model, index)[target]
     d_in, d_out = junction.sources[source].width, junction.targets[target].width
     if junction.single:
         return into[1].weight.float(), into[1].bias.float()
     device = model.device
     shape = {"device": device, "dtype": torch.float32}
-    out_weight, out_bias = _gated_map(junction, out, torch.eye(junction.width, d_in, **shape), alone=len(junction.sources) == 1)
-    in_weight, in_bias = _gated_map(junction, into, torch.eye(d_out, junction.width, **shape), alone=len(junction.targets) == 1)
+    out_weight, out_bias = _gated_map(
+        junction, out, torch.eye(junction.width, d_in, **shape), alone=len(junction.sources) == 1
+    )
+    in_weight, in_bias = _gated_map(
+        junction, into, torch.eye(d_out, junction.width, **shape), alone=len(junction.targets) == 1
+    )
     return in_weight @ out_weight, in_weight @ out_bias + in_bias
 
 

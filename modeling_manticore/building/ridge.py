@@ -36,14 +36,16 @@ class Moments:
 
     def solve(self, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Weight (outputs, inputs) and bias (outputs,) of argmin |y - W x - b|^2 + strength * mean diagonal * |W|^2, the mean
-        diagonal being that of the centred Gram matrix.
+        Weight (outputs, inputs) and bias (outputs,) of argmin |y - W x - b|^2 + strength * mean diagonal * |W|^2, the
+        mean diagonal being that of the centred Gram matrix.
         """
         mean_x, mean_y = self.x / self.count, self.y / self.count
         gram = self.xx - self.count * torch.outer(mean_x, mean_x)
         cross = self.xy - self.count * torch.outer(mean_x, mean_y)
         scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        weight = torch.linalg.solve(gram + strength * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross)
+        weight = torch.linalg.solve(
+            gram + strength * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross
+        )
         return weight.T, mean_y - weight.T @ mean_x
 
     def fit(self, weight: torch.Tensor, bias: torch.Tensor) -> float:

@@ -68,7 +68,9 @@ def component_sources(components: list, options: dict[str, Any]) -> list[Compone
         if key not in LOADING_OPTIONS:
             raise ValueError(f"{key}: unknown loading option, allowed are {', '.join(LOADING_OPTIONS)}.")
         if isinstance(value, (list, tuple)) and len(value) != len(components):
-            raise ValueError(f"{key}: got {len(value)} values, allowed is one or {len(components)}, one per component.")
+            raise ValueError(
+                f"{key}: got {len(value)} values, allowed is one or {len(components)}, one per component."
+            )
     sources = []
     for k, component in enumerate(components):
         own = {key: value[k] if isinstance(value, (list, tuple)) else value for key, value in options.items()}
@@ -105,7 +107,7 @@ def _check_folder(where: str, folder: Path, variant: str | None) -> None:
     """A local folder must hold a configuration and complete safetensors, and be no adapter."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{where}: it is an adapter, not a model. Merge it into its base (`merge_and_unload`), save, and use that folder."
+            f"{where}: it is an adapter, not a model. Merge it into its base (`merge_and_unload`) and save that."
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{where}: it has no config.json.")
@@ -121,7 +123,9 @@ def _check_folder(where: str, folder: Path, variant: str | None) -> None:
             raise ValueError(f"{where}: {index.name} is not a shard index.") from error
         shards = [folder / shard for shard in sorted(set(weight_map.values()))]
     else:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5")
+        )
         found = f"; it has {', '.join(others)}, which is not read because it may be pickle" if others else ""
         raise ValueError(f"{where}: it has no {single.name}{found}. Convert it to safetensors.")
     for shard in shards:
@@ -150,7 +154,7 @@ def check_tokenizers(sources: list[ComponentSource], tokenizer_from: int) -> Non
             different = sorted(token for token, _ in vocabulary.items() ^ reference.items())
             raise ValueError(
                 f"components[{k}]: its tokenizer differs from that of component {tokenizer_from} in "
-                f"{len(set(different))} tokens, among them {sorted(set(different))[:3]}; all components must share one."
+                f"{len(set(different))} tokens, among them {sorted(set(different))[:3]}; all must share one."
             )
 
 

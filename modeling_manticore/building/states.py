@@ -13,8 +13,8 @@ from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, derive_pos
 
 class ComponentStates:
     """
-    Runs the uncut components of a hybrid. They are put together from the layers that `providers` (hybrids with the same
-    components) hold, without copying; a component that is not complete there is loaded from its recorded source.
+    Runs the uncut components of a hybrid. They are put together from the layers that `providers` (hybrids with the
+    same components) hold, without copying; a component that is not complete there is loaded from its recorded source.
 
     Args:
         config: the hybrid's configuration.
@@ -35,7 +35,9 @@ class ComponentStates:
             self._complete(k)
 
     @torch.no_grad()
-    def run(self, k: int, batch: "Batch", positions: Iterable[tuple[int, bool]]) -> dict[tuple[int, bool], torch.Tensor]:
+    def run(
+        self, k: int, batch: "Batch", positions: Iterable[tuple[int, bool]]
+    ) -> dict[tuple[int, bool], torch.Tensor]:
         """
         States of component k, (batch, tokens, d_k), at positions (i, False): before layer i (i = depth: after the last
         layer, before the final norm), and (depth, True): after the final norm.
@@ -48,7 +50,9 @@ class ComponentStates:
         handles = []
         for layer, ended in positions:
             if layer < depth:
-                handles.append(layers[layer].register_forward_pre_hook(_keep_input(found, (layer, ended)), with_kwargs=True))
+                handles.append(
+                    layers[layer].register_forward_pre_hook(_keep_input(found, (layer, ended)), with_kwargs=True)
+                )
             elif not ended:
                 handles.append(layers[depth - 1].register_forward_hook(_keep_output(found, (layer, ended))))
         try:
@@ -88,7 +92,7 @@ class ComponentStates:
         source = getattr(self.config.components[k], "source", None)
         if source is None:
             raise ValueError(
-                f"components[{k}]: its own hidden states are needed, but the hybrid holds only part of it and records no "
+                f"components[{k}]: its own hidden states are needed, but the hybrid holds only part of it and no "
                 "source to load it from. Calibrate the supernet, or pass `components`."
             )
         provider = self.providers[0]
@@ -108,7 +112,9 @@ class Batch:
 
     def tokens(self, states: torch.Tensor) -> torch.Tensor:
         """The states of unmasked tokens, (tokens, d)."""
-        return states.reshape(-1, states.shape[-1]) if self.attention_mask is None else states[self.attention_mask.bool()]
+        return (
+            states.reshape(-1, states.shape[-1]) if self.attention_mask is None else states[self.attention_mask.bool()]
+        )
 
 
 @torch.no_grad()

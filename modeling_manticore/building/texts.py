@@ -36,23 +36,29 @@ def batches_of(
     for i, (row, _) in enumerate(kept):
         if config.max_position_embeddings is not None and len(row) > config.max_position_embeddings:
             raise ValueError(
-                f"{field}[{i}]: got {len(row)} tokens, allowed are at most {config.max_position_embeddings}, the context."
+                f"{field}[{i}]: got {len(row)} tokens, allowed are at most {config.max_position_embeddings}."
             )
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= config.vocab_size:
-            raise ValueError(f"{field}[{i}]: got token {low if low < 0 else high}, allowed is 0..{config.vocab_size - 1}.")
+            raise ValueError(
+                f"{field}[{i}]: got token {low if low < 0 else high}, allowed is 0..{config.vocab_size - 1}."
+            )
     random.Random(0).shuffle(kept)
     batches = []
     size = min(batch_size, max(1, len(kept) // 2))
     for i in range(0, len(kept), size):
-        batches.append(_pad([row for row, _ in kept[i : i + size]], [mask for _, mask in kept[i : i + size]], model.device))
+        batches.append(
+            _pad([row for row, _ in kept[i : i + size]], [mask for _, mask in kept[i : i + size]], model.device)
+        )
     return batches
 
 
 def _rows(data, config, tokenizer, field) -> tuple[list, list]:
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or data.is_floating_point():
-            raise ValueError(f"{field}: got a tensor {tuple(data.shape)} of {data.dtype}, allowed is integers (rows, tokens).")
+            raise ValueError(
+                f"{field}: got a tensor {tuple(data.shape)} of {data.dtype}, allowed is integers (rows, tokens)."
+            )
         return list(data.long().cpu()), [None] * len(data)
     columns = getattr(data, "column_names", None)
     if columns is not None:
