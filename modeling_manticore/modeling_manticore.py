@@ -133,6 +133,8 @@ class ManticorePreTrainedModel(PreTrainedModel):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(target))
         self.config.auto_map = dict(AUTO_MAP)
+        state = kwargs.pop("state_dict", None)
+        kwargs["state_dict"] = dict(sorted((self.state_dict() if state is None else state).items()))
         with tempfile.TemporaryDirectory(
             dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}."
         ) as staging:

@@ -35,7 +35,10 @@ def test_chained_slices_are_the_uncut_model(family, padding):
             parts = [out.logits]
             for start, stop in zip(steps, steps[1:]):
                 out = hybrid(
-                    ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=out.past_key_values, use_cache=True
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
                 )
                 parts.append(out.logits)
             torch.testing.assert_close(torch.cat(parts, 1)[live], expected[live], atol=5e-5, rtol=0)

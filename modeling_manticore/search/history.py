@@ -19,7 +19,7 @@ def mixture_logs(model: nn.Module) -> dict[str, float]:
 
 def plot_mixtures(log_history: list[dict], path: Path, names: list[list[str]] | None = None) -> bool:
     """
-    Write a PNG with one panel per block: weights of its paths against the step. Returns False where the logs have none.
+    Write a PNG with one panel per block: weights of its paths against the step. Returns False if there are none.
 
     Args:
         log_history: as in `TrainerState`.

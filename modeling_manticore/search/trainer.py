@@ -27,7 +27,7 @@ class ManticoreTrainer(Trainer):
     Trains a hybrid in one of three stages (`ManticoreTrainingArguments.stage`).
 
     Checkpoints are written to a staging folder and renamed when complete, so that a killed run leaves only whole ones
-    and `train(resume_from_checkpoint=True)` continues as if never interrupted. In stage "search" the weights and entropy
+    and `train(resume_from_checkpoint=True)` continues as if never interrupted. In stage "search" weights and entropy
     of every block are in the logs and, at the end, in `mixture_weights.png`. Which parameters train is set for the
     duration of `train` only.
 
@@ -143,7 +143,7 @@ class ManticoreTrainer(Trainer):
 
 
 class ShiftedLabelSmoother(LabelSmoother):
-    """Label smoothing for a causal model; the Trainer shifts labels only for classes that transformers itself ships."""
+    """Label smoothing for a causal model; the Trainer shifts labels only for classes of its own library."""
 
     def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs):
         return super().__call__(model_output, labels, shift_labels=True, **kwargs)
