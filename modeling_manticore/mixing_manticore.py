@@ -52,7 +52,11 @@ class Projector(nn.Module):
             self.gate = nn.Parameter(torch.empty((), dtype=torch.float32))
 
     def forward(self, x: torch.Tensor, bias_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """`weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features)."""
+        """`weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features), in the dtype of the weight.
+
+        Some families (mamba2) carry their residual in float32 between layers of a bfloat16 model.
+        """
+        x = x.to(self.weight.dtype)
         if isinstance(bias_scale, float) and bias_scale == 1.0:
             return nn.functional.linear(x, self.weight, self.bias)
         return nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
@@ -207,7 +211,7 @@ class Junction:
         if self.gate in ("routed", "none"):
             return projector(state)
         gate = projector.strength() if self.gate == "learned" else weight
-        return (1 - gate) * projector(state) + gate * padded
+        return (1 - gate) * projector(state) + gate * padded.to(projector.weight.dtype)
 
     def receive(self, boundary: Boundary, projectors: list, gates: list, wanted: list[bool]) -> list:
         """Target side: u_k for every wanted target, (batch, tokens, d_k)."""
@@ -250,7 +254,7 @@ class Junction:
         if self.gate == "none" or len(self.targets) == 1:
             return projector(stream)
         gate = projector.strength() if self.gate == "learned" else gate
-        return (1 - gate) * projector(stream) + gate * cut(stream, width)
+        return (1 - gate) * projector(stream) + gate * cut(stream, width).to(projector.weight.dtype)
 
 
 def stream_of(boundary: Boundary) -> torch.Tensor:
