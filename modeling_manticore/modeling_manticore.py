@@ -129,15 +129,14 @@ class ManticorePreTrainedModel(PreTrainedModel):
         target = os.path.abspath(os.fspath(save_directory))
         if os.path.isfile(target):
             raise ValueError(f"save_directory: got the file {target}, allowed is a folder.")
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        parent, name = os.path.split(target)
+        os.makedirs(parent, exist_ok=True)
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", os.path.basename(target))
+            kwargs.setdefault("repo_id", name)
         self.config.auto_map = dict(AUTO_MAP)
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = dict(sorted((self.state_dict() if state is None else state).items()))
-        with tempfile.TemporaryDirectory(
-            dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}."
-        ) as staging:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as staging:
             super().save_pretrained(staging, is_main_process=is_main_process, **kwargs)
             if is_main_process:
                 _move_into(staging, target)
@@ -145,9 +144,8 @@ class ManticorePreTrainedModel(PreTrainedModel):
 
 def _move_into(staging: str, target: str) -> None:
     def rank(name: str) -> int:
-        return (
-            0 if name.endswith(".safetensors") else 1 if name.endswith(".index.json") else 2 + (name == "config.json")
-        )
+        first = (".safetensors", ".index.json")
+        return next((r for r, suffix in enumerate(first) if name.endswith(suffix)), 2 + (name == "config.json"))
 
     os.makedirs(target, exist_ok=True)
     fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
@@ -272,9 +270,7 @@ class ManticoreModel(ManticorePreTrainedModel):
                 "discretize it first."
             )
         if output_attentions:
-            raise ValueError(
-                "output_attentions: a hybrid's paths attend differently or not at all; there is no one answer."
-            )
+            raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
         if past_key_values is not None and not hasattr(past_key_values, "advance"):
             raise ValueError(
                 f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."

@@ -1,4 +1,4 @@
-"""Run code in a process where only torch and transformers are there: our package cannot be found, the caches are empty."""
+"""Run code in a process where our package cannot be found and the caches are empty."""
 
 import os
 import subprocess

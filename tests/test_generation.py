@@ -1,4 +1,4 @@
-"""Cached generation: prefill + decode against a full forward, left padding against single rows, beams against no cache."""
+"""Cached generation against a full forward, left padding against single rows, beams against no cache."""
 
 import pytest
 import torch

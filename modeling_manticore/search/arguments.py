@@ -2,17 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy, has_length
 
 from .stages import STAGES
-from .strategy import STRATEGIES
+from .strategy import check_strategy_name
 
 
 @dataclass
 class ManticoreTrainingArguments(TrainingArguments):
     """
-    `transformers.TrainingArguments` with the arguments of a hybrid.
+    `transformers.TrainingArguments` with the arguments of a hybrid. What trains in each stage: `search/stages.py`.
 
     Raises:
         ValueError: names the argument, what was given and what is allowed.
@@ -39,9 +41,52 @@ class ManticoreTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage: got {self.stage!r}, allowed are {', '.join(map(repr, STAGES))}.")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy: got {self.strategy!r}, allowed are {', '.join(map(repr, STRATEGIES))}.")
+        check_strategy_name(self.strategy)
         rate = self.mixture_learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate < 0:
             raise ValueError(f"mixture_learning_rate: got {rate!r}, allowed is a finite number >= 0.")
+        if not isinstance(self.train_components, bool):
+            raise ValueError(f"train_components: got {self.train_components!r}, allowed are True and False.")
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"hub_strategy: got {self.hub_strategy.value!r}, which uploads optimizer states (pickles); allowed "
+                "are 'end' and 'every_save'."
+            )
+
+
+def check_datasets(args: ManticoreTrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    What can be said about the data without reading it.
+
+    Raises:
+        ValueError: a dataset is empty, evaluation data are missing or are the training data themselves, or the metric
+            for the best model is one that this evaluation does not give.
+    """
+    named = isinstance(eval_dataset, dict)
+    parts = {f"eval_dataset[{name!r}]": data for name, data in eval_dataset.items()} if named else {}
+    if not named and eval_dataset is not None:
+        parts["eval_dataset"] = eval_dataset
+    for field_name, data in {"train_dataset": train_dataset, **parts}.items():
+        if data is not None and has_length(data) and len(data) == 0:
+            raise ValueError(f"{field_name}: got 0 examples, allowed is at least 1.")
+    for field_name, data in parts.items():
+        if data is not None and data is train_dataset:
+            raise ValueError(
+                f"{field_name}: got the train_dataset itself, allowed are held-out examples: on training data neither "
+                "the evaluation nor the choice of the best checkpoint means anything."
+            )
+    if args.eval_strategy != "no" and not parts:
+        raise ValueError(
+            f"eval_dataset: got {eval_dataset!r} with eval_strategy={args.eval_strategy.value!r}, allowed is a "
+            "dataset, a dictionary of datasets, or eval_strategy='no'."
+        )
+    metric = args.metric_for_best_model
+    if named and metric is not None and (args.load_best_model_at_end or args.save_strategy == "best"):
+        full = metric if metric.startswith("eval_") else f"eval_{metric}"
+        if not any(full.startswith(f"eval_{name}_") for name in eval_dataset):
+            allowed = ", ".join(f"'eval_{name}_loss'" for name in eval_dataset)
+            raise ValueError(
+                f"metric_for_best_model: got {metric!r}, but eval_dataset is a dictionary whose metrics carry its "
+                f"names; allowed are such as {allowed}."
+            )

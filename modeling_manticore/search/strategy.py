@@ -1,70 +1,119 @@
 """The interface of search strategies, and the table of those there are."""
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from .arguments import ManticoreTrainingArguments
+    from .trainer import ManticoreTrainer
+
+
+STRATEGY_STATE_NAME = "strategy_state.json"
 
 
 class SearchStrategy:
     """
-    How mixture weights are searched in stage "search". The Trainer calls `check` before anything starts, `before_step`
-    and `after_step` around every optimizer step, and keeps `state_dict` (plain JSON values) in every checkpoint.
+    How mixture weights are searched in stage "search". Everything here has a default, so that a strategy is only what
+    differs from training mixture weights like any other parameter.
+
+    The Trainer makes a fresh one for every `train`, and calls
+
+        check                at construction of the Trainer, before anything is written
+        load_state_dict      when a checkpoint is resumed, before `begin`
+        begin                when the optimizer exists and training starts
+        before_step          before optimizer step n: its batches are drawn, no gradient is computed
+        before_update        gradients of step n are complete and clipped, the optimizer has not stepped
+        after_step           step n is done, gradients are gone, `trainer.state.global_step` is n + 1
+        state_dict           into every checkpoint, as `strategy_state.json`
+
+    The hooks get the Trainer itself: `trainer.hybrid` is the model without wrappers, `trainer.state` has `global_step`
+    and `max_steps`.
     """
 
-    name = ""
+    name: ClassVar[str] = ""
 
-    def check(self, model: nn.Module) -> None:
+    def __init__(self, args: "ManticoreTrainingArguments"):
+        self.args = args
+
+    def check(self, hybrid: nn.Module) -> None:
         """
         Raises:
-            ValueError: this strategy cannot search this model.
+            ValueError: this strategy cannot search this model; names the field, what was given and what is allowed.
         """
 
-    def before_step(self, model: nn.Module, step: int, total_steps: int) -> None:
-        """Called before optimizer step `step` of `total_steps`, gradients not yet computed."""
-
-    def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
-        """Called after optimizer step `step` of `total_steps`."""
-
-    def optimizer_parameters(self, mixtures: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Those of the mixture parameters that the Trainer's optimizer updates; the strategy updates the rest."""
+    def optimizer_parameters(self, mixtures: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of the mixture weights and learned gates that the Trainer's optimizer steps; the rest is yours."""
         return mixtures
 
+    def begin(self, trainer: "ManticoreTrainer") -> None:
+        """Training starts, or continues from the state that `load_state_dict` was given."""
+
+    def before_step(self, trainer: "ManticoreTrainer") -> None:
+        """An optimizer step begins."""
+
+    def before_update(self, trainer: "ManticoreTrainer") -> None:
+        """Gradients are complete; the optimizer steps next."""
+
+    def after_step(self, trainer: "ManticoreTrainer") -> None:
+        """An optimizer step is done."""
+
     def state_dict(self) -> dict[str, Any]:
-        """State as JSON values."""
+        """All that a resumed run needs, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
 
-class JointStrategy(SearchStrategy):
-    """Single level: mixture weights and weights step together on the same batches (the paper's default)."""
-
-    name = "joint"
-
-    def check(self, model: nn.Module) -> None:
-        """
-        Raises:
-            ValueError: the mixture is a bare point of the simplex, which a gradient step would leave.
-        """
-        if model.config.mixture == "simplex":
-            raise ValueError(
-                "strategy: got 'joint' for mixture='simplex', which needs exponentiated gradient; allowed "
-                "with it are mixture='softmax' and 'gumbel_softmax'."
-            )
+STRATEGIES: dict[str, type[SearchStrategy]] = {}
 
 
-STRATEGIES: dict[str, type[SearchStrategy]] = {JointStrategy.name: JointStrategy}
-
-
-def make_strategy(name: str) -> SearchStrategy:
+def make_strategy(args: "ManticoreTrainingArguments") -> SearchStrategy:
     """
-    A fresh strategy.
+    A fresh strategy of the kind that `args.strategy` names.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in STRATEGIES:
+    check_strategy_name(args.strategy)
+    return STRATEGIES[args.strategy](args)
+
+
+def check_strategy_name(name: Any) -> None:
+    """
+    Raises:
+        ValueError: there is no strategy of that name.
+    """
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(map(repr, STRATEGIES))}.")
-    return STRATEGIES[name]()
+
+
+def write_search_state(folder: Path, args: "ManticoreTrainingArguments", strategy: SearchStrategy | None) -> None:
+    """Write `strategy_state.json`, the last file of a checkpoint: the stage, and the state of its strategy."""
+    state = {"stage": args.stage, "train_components": args.train_components, "strategy": None, "state": {}}
+    if strategy is not None:
+        state |= {"strategy": strategy.name, "state": strategy.state_dict()}
+    (folder / STRATEGY_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def read_search_state(folder: Path) -> dict[str, Any]:
+    """What `write_search_state` wrote."""
+    return json.loads((folder / STRATEGY_STATE_NAME).read_text(encoding="utf-8"))
+
+
+def check_search_state(folder: Path, args: "ManticoreTrainingArguments") -> None:
+    """
+    Raises:
+        ValueError: the checkpoint was written in another stage, by another strategy, or with other parameters trained.
+    """
+    saved = read_search_state(folder)
+    for field in ("stage", "strategy", "train_components") if args.stage == "search" else ("stage",):
+        if saved[field] != getattr(args, field):
+            raise ValueError(
+                f"{field}: got {getattr(args, field)!r}, but {str(folder)!r} was written with {saved[field]!r}; "
+                "allowed is the same. To start another stage, load the model and do not resume."
+            )

@@ -1,176 +1,298 @@
 """The HF Trainer for hybrids: stages, search strategies, mixture weights in the logs, checkpoints that are whole."""
 
-import json
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
+from transformers.utils.hub import hf_api
 
-from .arguments import ManticoreTrainingArguments
-from .history import mixture_logs, plot_mixtures
-from .stages import frozen_for, mixture_parameters
-from .strategy import make_strategy
+from .arguments import ManticoreTrainingArguments, check_datasets
+from .callbacks import StrategyCallback
+from .history import mixture_logs
+from .stages import check_stage, frozen_for, mixture_parameters, unwrap
+from .strategy import (
+    STRATEGY_STATE_NAME,
+    SearchStrategy,
+    check_search_state,
+    make_strategy,
+    read_search_state,
+    write_search_state,
+)
 
 
-STAGING_DIR = ".incomplete-checkpoint"
-STRATEGY_STATE_NAME = "strategy_state.json"
-PLOT_NAME = "mixture_weights.png"
+STAGING_DIR = "_incomplete-checkpoint"  # the underscore keeps it out of every push
+LOCAL_FILES = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, STRATEGY_STATE_NAME]
 
 
 class ManticoreTrainer(Trainer):
     """
-    Trains a hybrid in one of three stages (`ManticoreTrainingArguments.stage`).
+    Trains a hybrid in one of three stages (`ManticoreTrainingArguments.stage`; `search/stages.py` says what each
+    trains). Arguments are those of `transformers.Trainer`.
 
-    Checkpoints are written to a staging folder and renamed when complete, so that a killed run leaves only whole ones
-    and `train(resume_from_checkpoint=True)` continues as if never interrupted. In stage "search" weights and entropy
-    of every block are in the logs and, at the end, in `mixture_weights.png`. Which parameters train is set for the
-    duration of `train` only.
+    - Mixture weights and learned gates step with `mixture_learning_rate` and no weight decay. (An optimizer given
+      through `optimizers` is used as it is.)
+    - In stage "search" the weights and entropy of every block are in the logs from step 0 on, and their course is
+      drawn in `mixture_weights.png` in `output_dir` when training ends.
+    - Checkpoints are written to a staging folder and renamed when complete, and renamed before they are deleted, so a
+      run killed at any time leaves only whole ones; `train(resume_from_checkpoint=True)` continues from the last as if
+      never interrupted. What a kill left in the staging folder goes at the next start.
+    - Stages freeze parameters during `train` only; all `requires_grad` flags are restored when it ends.
+    - Trainer files that are pickles (optimizer, scheduler, RNG, arguments) exist in checkpoints only; they are not
+      pushed and not written by `save_model`.
 
     Raises:
-        ValueError: stage "search" for a hybrid with nothing to search, or a strategy that does not fit it.
+        ValueError: arguments, model or data that do not fit together, before anything is written or trained.
     """
 
-    def __init__(self, model=None, args: ManticoreTrainingArguments | None = None, **kwargs):
-        if args is None:
-            args = ManticoreTrainingArguments(output_dir="manticore_trainer")
-        self.strategy = make_strategy(args.strategy) if args.stage == "search" else None
-        if model is not None and self.strategy is not None:
-            hybrid = _hybrid(model)
-            if all(len(block) == 1 for block in hybrid.config.blocks):
-                raise ValueError(
-                    "stage: got 'search', but every block of this hybrid has one path; allowed is 'finetune'."
-                )
-            self.strategy.check(hybrid)
-        super().__init__(model=model, args=args, **kwargs)
-        if self.label_smoother is not None and _hybrid(self.model).can_generate():
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        args = ManticoreTrainingArguments(output_dir="manticore_trainer") if args is None else args
+        if not isinstance(args, ManticoreTrainingArguments):
+            raise ValueError(f"args: got {type(args).__name__}, allowed is ManticoreTrainingArguments.")
+        self.strategy: SearchStrategy | None = make_strategy(args) if args.stage == "search" else None
+        self._staging = False
+        check_datasets(args, train_dataset, eval_dataset)
+        if model is not None:
+            self._check_model(model, args)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        if self.label_smoother is not None and self.hybrid.can_generate():
             self.label_smoother = ShiftedLabelSmoother(epsilon=args.label_smoothing_factor)
         if self.strategy is not None:
-            self.add_callback(_StrategyCallback(self))
+            self.add_callback(StrategyCallback(self))
 
-    def train(self, *args, **kwargs):
-        """As in transformers; freezes what the stage does not train while it runs."""
+    @property
+    def hybrid(self) -> nn.Module:
+        """The hybrid without wrappers (DDP, torch.compile, PEFT)."""
+        return unwrap(self.model)
+
+    def _check_model(self, model: nn.Module, args: ManticoreTrainingArguments) -> None:
+        check_stage(model, args.stage, args.train_components)
+        if self.strategy is not None:
+            self.strategy.check(unwrap(model))
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """As in transformers; the model is checked like one that is given."""
+        model = super().call_model_init(trial)
+        self._check_model(model, self.args)
+        return model
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        As in transformers. `resume_from_checkpoint=True` means the last complete checkpoint of `output_dir`.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or of another stage or strategy.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._check_resumable(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ) -> TrainOutput:
         if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir, STAGING_DIR), ignore_errors=True)
+            shutil.rmtree(Path(self._get_output_dir(trial), STAGING_DIR), ignore_errors=True)
+        if self.strategy is not None:
+            self.strategy = make_strategy(self.args)
         with frozen_for(self.model, self.args.stage, self.args.train_components):
-            result = super().train(*args, **kwargs)
-        if self.strategy is not None and self.args.should_save:
-            plot_mixtures(self.state.log_history, Path(self.args.output_dir, PLOT_NAME), _path_names(self.model))
-        return result
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers, with mixture weights and learned gates in a group of their own."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
-        if not fresh:
-            return optimizer
-        own = {id(p): p for p in mixture_parameters(self.model) if p.requires_grad}
-        if own:
+        optimizer = super().create_optimizer(model)
+        own = {id(p): p for p in mixture_parameters(self.model if model is None else model) if p.requires_grad}
+        if fresh and own:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
-            kept = list(own.values())
+            stepped = list(own.values())
             if self.strategy is not None:
-                kept = self.strategy.optimizer_parameters(kept)
-            if kept:
-                group = {"params": kept, "lr": self.args.mixture_learning_rate, "weight_decay": 0.0}
-                optimizer.add_param_group(group)
+                stepped = self.strategy.optimizer_parameters(stepped)
+            if stepped:
+                optimizer.add_param_group(
+                    {"params": stepped, "lr": self.args.mixture_learning_rate, "weight_decay": 0.0}
+                )
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers; in stage "search" with the mixture weights."""
-        if self.strategy is not None:
-            logs |= mixture_logs(_hybrid(self.model))
-        super().log(logs, start_time)
+        """As in transformers; while a search trains, what is logged has the mixture weights too (`logs` has not)."""
+        mixture = {}
+        if self.strategy is not None and self.is_in_train and not any(key.startswith("eval_") for key in logs):
+            mixture = mixture_logs(self.hybrid)
+        merged = logs | mixture
+        super().log(merged, start_time)
+        logs.update({key: value for key, value in merged.items() if key not in mixture})
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_DIR) if getattr(self, "_staging", False) else run_dir
+        return os.path.join(run_dir, STAGING_DIR) if self._staging else run_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        run_dir = self._get_output_dir(trial)
+        run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staged, final = Path(run_dir, STAGING_DIR, name), Path(run_dir, name)
+        staged = run_dir / STAGING_DIR / name
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == name or (run_dir / best).is_dir()):
+            self.state.best_model_checkpoint = str(run_dir / best)
         if self.args.should_save:
-            best = self.state.best_global_step
-            if best and (best == self.state.global_step or Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best}").exists()):
-                self.state.best_model_checkpoint = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best}")
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            if self.strategy is not None:
-                (staged / STRATEGY_STATE_NAME).write_text(json.dumps(self.strategy.state_dict(), indent=2) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(staged, final)
-            shutil.rmtree(staged.parent)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            write_search_state(staged, self.args, self.strategy)
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if (run_dir / name).exists():
+                _discard(run_dir / name)
+            os.replace(staged, run_dir / name)
+            self._rotate(run_dir)
+            shutil.rmtree(run_dir / STAGING_DIR)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self._reads_own_checkpoints():
-            _reload(self.model, resume_from_checkpoint)
+    def _rotate(self, run_dir: Path) -> None:
+        """Delete checkpoints beyond `save_total_limit`, oldest first; never the newest or the best."""
+        limit = self.args.save_total_limit or 0
+        folders = sort_checkpoints(str(run_dir), use_mtime=True)
+        kept = {folders[-1], str(Path(self.state.best_model_checkpoint or folders[-1]))}
+        surplus = max(len(folders) - max(limit, len(kept)), 0) if limit > 0 else 0
+        for folder in [folder for folder in folders if folder not in kept][:surplus]:
+            _discard(Path(folder))
+
+    def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for folder in sort_checkpoints(self._get_output_dir(trial)):
+                if not os.path.samefile(folder, best):
+                    _discard(Path(folder))
+            shutil.rmtree(Path(self._get_output_dir(trial), STAGING_DIR), ignore_errors=True)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and not self._staging:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=LOCAL_FILES,
+        )
+
+    def _check_resumable(self, folder: Path) -> None:
+        if not _is_complete(folder):
+            raise ValueError(
+                f"resume_from_checkpoint: got {str(folder)!r}, allowed is a complete checkpoint of ManticoreTrainer, "
+                f"with {TRAINER_STATE_NAME} and {STRATEGY_STATE_NAME}."
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not sharded and not (folder / OPTIMIZER_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: got {str(folder)!r}, which has no {OPTIMIZER_NAME} (save_only_model); "
+                "allowed is a checkpoint that has one."
+            )
+        check_search_state(folder, self.args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._model_is_whole():
+            _read_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._reads_own_checkpoints():
-            _reload(self.model, self.state.best_model_checkpoint)
+        if self._model_is_whole():
+            _read_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
-    def _reads_own_checkpoints(self) -> bool:
-        """Whether the whole hybrid is in this process: no adapter, no sharding by FSDP or DeepSpeed."""
-        return hasattr(self.model, "trunk") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    def _model_is_whole(self) -> bool:
+        """Whether checkpoints hold the whole hybrid: no adapter, no sharding by FSDP or DeepSpeed."""
+        return self.model is self.hybrid and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.strategy is not None:
-            file = Path(checkpoint, STRATEGY_STATE_NAME)
-            if file.is_file():
-                self.strategy.load_state_dict(json.loads(file.read_text()))
+            self.strategy.load_state_dict(read_search_state(Path(checkpoint))["state"])
 
 
 class ShiftedLabelSmoother(LabelSmoother):
-    """Label smoothing for a causal model; the Trainer shifts labels only for classes of its own library."""
+    """Label smoothing for a causal model: the Trainer shifts labels only for classes that transformers ships."""
 
-    def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs):
+    def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs) -> torch.Tensor:
         return super().__call__(model_output, labels, shift_labels=True, **kwargs)
 
 
-class _StrategyCallback(TrainerCallback):
-    def __init__(self, trainer: ManticoreTrainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.strategy.before_step(_hybrid(self.trainer.model), state.global_step, state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.strategy.after_step(_hybrid(self.trainer.model), state.global_step, state.max_steps)
+def _is_complete(folder: Path) -> bool:
+    return (folder / TRAINER_STATE_NAME).is_file() and (folder / STRATEGY_STATE_NAME).is_file()
 
 
-def _reload(model, checkpoint: str) -> None:
-    """Read weights as `from_pretrained` does: on disk some families' tensors have the names of their first release."""
-    model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+def _last_complete_checkpoint(output_dir: str) -> str:
+    folders = [folder for folder in sort_checkpoints(output_dir) if _is_complete(Path(folder))]
+    if not folders:
+        raise ValueError(
+            f"resume_from_checkpoint: got True, but {output_dir!r} has no complete checkpoint; allowed there is a "
+            "folder in which ManticoreTrainer saved one, or None to start afresh."
+        )
+    return folders[-1]
 
 
-def _hybrid(model):
-    """The hybrid inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill on the way leaves it whole or not at all, never in part."""
+    trash = folder.parent / STAGING_DIR / f"deleted-{folder.name}"
+    trash.parent.mkdir(exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
 
 
-def _path_names(model) -> list[list[str]]:
-    config = _hybrid(model).config
-    types = [component.model_type for component in config.components]
-    return [[f"{types[p['component']]} {p['start']}:{p['stop']}" for p in block] for block in config.blocks]
+def _read_weights(model: nn.Module, folder: str) -> None:
+    """
+    Read weights as `from_pretrained` does: on disk some families' tensors have the names of their first release. They
+    are read in a dtype that holds every dtype of the model, so that copying them is exact.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape.
+    """
+    always_float32 = {id(p) for p in mixture_parameters(model)}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in always_float32}
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    loaded, info = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(
+                f"checkpoint: got {folder!r} with {kind} {sorted(map(str, info[kind]))[:5]}, allowed is a checkpoint "
+                "of this very model."
+            )
+    model.load_state_dict(loaded.state_dict())
