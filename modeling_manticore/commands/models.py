@@ -1,0 +1,103 @@
+"""What several sub-commands do with models and rows: load, read texts, measure."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tasks.text import corpus, pack
+from .parsing import require
+
+
+def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """
+    A causal language model of a folder or repository, on the best device there is, in evaluation mode.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if Path(name).is_dir():
+        require((Path(name) / "config.json").is_file(), f"model: got the folder {name!r}, which has no config.json.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model: {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_hybrid(name: str) -> PreTrainedModel:
+    """
+    As `load_model`, and it must be a hybrid.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    model = load_model(name)
+    require(
+        model.config.model_type == "manticore",
+        f"model: got {name!r} of type {model.config.model_type!r}, allowed is a hybrid made by `manticore compose`.",
+    )
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a folder or repository.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {name!r} has none ({str(error).splitlines()[0]})") from error
+
+
+def rows_of(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None = None,
+    cache: str | None = None,
+) -> torch.LongTensor:
+    """Rows of ids (rows, length) of corpora and files; at most `limit`, evenly spread over the whole."""
+    rows = pack(tokenizer, [document for name in texts for document in corpus(name, cache)], length)
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, limit).round().long()]
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, rows: torch.LongTensor, batch_size: int = 16, label: str | None = None) -> dict:
+    """
+    Mean next-token loss in nats, perplexity and accuracy over rows of ids (rows, length).
+
+    Args:
+        label: shows a progress bar of that name.
+    """
+    was_training = model.training
+    model.eval()
+    loss, hits, count = 0.0, 0, 0
+    for batch in tqdm(rows.split(batch_size), desc=label, disable=label is None, leave=False):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        targets = batch[:, 1:]
+        loss += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        hits += (logits.argmax(-1) == targets).sum().item()
+        count += targets.numel()
+    model.train(was_training)
+    mean = loss / count
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": hits / count, "tokens": count}
+
+
+def check_output(folder: str) -> Path:
+    """
+    Raises:
+        ValueError: the output folder is a file.
+    """
+    path = Path(folder)
+    require(not path.is_file(), f"output_folder: got the file {folder!r}, allowed is a folder.")
+    return path

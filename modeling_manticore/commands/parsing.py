@@ -1,0 +1,96 @@
+"""Options of the sub-commands: dataclasses, flags, and a YAML or JSON file as the only positional argument."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class OptionParser(HfArgumentParser):
+    """`HfArgumentParser` whose complaints are ValueErrors, for one place that prints them."""
+
+    def error(self, message: str):
+        """
+        Raises:
+            ValueError: always, with argparse's message.
+        """
+        raise ValueError(message)
+
+
+def parse_options(kinds: type | tuple[type, ...], arguments: list[str], command: str, description: str) -> tuple:
+    """
+    Instances of the given dataclasses, from `arguments` (without the command's name). A first argument that is not a
+    flag names a YAML or JSON file with the same option names; flags after it win.
+
+    Raises:
+        ValueError: unknown, missing or ill-typed options, or a file that cannot be read.
+    """
+    parser = OptionParser(kinds, prog=f"manticore {command}", description=description, allow_abbrev=False)
+    parser.usage = f"manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
+    if arguments and not arguments[0].startswith("-"):
+        arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]
+    try:
+        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _as_flags(parser: OptionParser, file: Path) -> list[str]:
+    """The settings of a file as flags, so that they are checked and converted in the same way."""
+    known = {action.dest for action in parser._actions if action.option_strings and action.dest != "help"}
+    flags = []
+    for key, value in _read_settings(file).items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"{file}: {key!r} is no option" + (f"; did you mean {close[0]!r}?" if close else "."))
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(_as_word, value)]
+        else:
+            flags.append(f"--{key}={_as_word(value)}")
+    return flags
+
+
+def _as_word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list, bool)) else str(value)
+
+
+def _read_settings(file: Path) -> dict:
+    if file.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"got {str(file)!r}, allowed as the positional argument is a .yaml, .yml or .json file.")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: it cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    try:
+        settings = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: it is not valid {file.suffix[1:]} ({' '.join(str(error).split())}).") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{file}: it holds {type(settings).__name__}, allowed is a mapping of option names to values."
+        )
+    return settings
+
+
+def require(condition: bool, message: str) -> None:
+    """
+    Raises:
+        ValueError: with the message, unless the condition holds.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(options: object, *names: str) -> None:
+    """
+    Raises:
+        ValueError: one of the named integer options is below 1.
+    """
+    for name in names:
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"{name}: got {value}, allowed is a positive integer.")

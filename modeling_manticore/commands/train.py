@@ -1,0 +1,63 @@
+"""`manticore train`: train a hybrid in a folder, with every option of transformers' TrainingArguments."""
+
+from dataclasses import dataclass, field
+
+from .parsing import parse_options, require, require_positive
+
+
+@dataclass
+class TrainOptions:
+    model: str = field(metadata={"help": "Folder or repository of the hybrid."})
+    train_texts: list[str] = field(
+        metadata={"help": "bible, python, topics, or .txt/.jsonl files and folders; rows of all are shuffled."}
+    )
+    eval_texts: list[str] | None = field(
+        default=None, metadata={"help": "Texts to measure on; without them a tenth of the training rows is held out."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
+    row_length: int = field(default=128, metadata={"help": "Tokens per row."})
+    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+
+
+def run(arguments: list[str]) -> None:
+    """
+    Raises:
+        ValueError: bad options, model or texts.
+    """
+    from .. import ManticoreTrainer, ManticoreTrainingArguments
+
+    options, training = parse_options((TrainOptions, ManticoreTrainingArguments), arguments, "train", __doc__)
+    require_positive(options, "rows", "row_length")
+    require(bool(options.train_texts), "train_texts: got nothing, allowed is at least one text.")
+
+    import torch
+
+    from ..tasks.text import as_dataset
+    from .models import check_output, load_hybrid, load_tokenizer, rows_of
+
+    folder = check_output(training.output_dir)
+    model = load_hybrid(options.model)
+    tokenizer = load_tokenizer(options.model)
+    parts = [
+        rows_of([name], tokenizer, options.row_length, options.rows, options.cache_folder)
+        for name in options.train_texts
+    ]
+    rows = torch.cat(parts)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed))]
+    if options.eval_texts:
+        held_out = rows_of(options.eval_texts, tokenizer, options.row_length, 256, options.cache_folder)
+    else:
+        require(len(rows) >= 10, f"train_texts: got {len(rows)} rows of {options.row_length} tokens, allowed is 10.")
+        held_out, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
+    trainer = ManticoreTrainer(
+        model=model,
+        args=training,
+        train_dataset=as_dataset(rows),
+        eval_dataset=as_dataset(held_out),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder))
+    trainer.save_metrics("eval", metrics)
+    print(f"held-out loss {metrics['eval_loss']:.3f}; the hybrid is in {folder}")

@@ -1,0 +1,1 @@
+"""Data and tasks that hybrids are made, trained and measured on."""
