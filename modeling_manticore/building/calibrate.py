@@ -66,7 +66,7 @@ def calibrate(
     order: str = "sequential",
     batch_size: int = 8,
     progress: bool = True,
-    components: PreTrainedModel | None = None,
+    components: PreTrainedModel | list[PreTrainedModel] | None = None,
 ) -> CalibrationReport:
     """
     Fit all projectors of a hybrid by ridge regression on ordinary text, in place.
@@ -80,8 +80,8 @@ def calibrate(
     Args:
         texts: LongTensor (rows, tokens), rows of ids, strings, or a `datasets.Dataset`; a few hundred rows.
         tokenizer: for strings; by default that of the hybrid's tokenizer component.
-        components: a hybrid that holds the uncut components, where `model` itself does not; by default they are loaded
-            from their recorded sources.
+        components: the uncut components (a list of models, or a supernet of them), for a hybrid that holds them in
+            part only; by default those are loaded from their recorded sources.
 
     Returns:
         The held-out fit and chosen strength of every projector. Memory holds the activations of one batch only.
@@ -92,10 +92,13 @@ def calibrate(
     if order not in ORDERS:
         raise ValueError(f"order: got {order!r}, allowed are {', '.join(map(repr, ORDERS))}.")
     batches = batches_of(texts, model, tokenizer, batch_size)
-    states = ComponentStates(model.config, [model] if components is None else [components, model])
+    uncut = list(components) if isinstance(components, (list, tuple)) else None
+    supernet = components if uncut is None else None
+    states = ComponentStates(model.config, [model] if supernet is None else [supernet, model], uncut)
     plan = junctions(model.config)
     sequential = order == "sequential" and model.config.is_discretized
-    states.check({end.component for j in plan if any(j.has_in) or j.has_out for end in (*j.sources, *j.targets)})
+    joined = [j for j in plan if any(j.has_in) or j.has_out]
+    states.check({end.component for j in joined for end in (*([] if sequential else j.sources), *j.targets)})
     report = CalibrationReport("sequential" if sequential else "parallel")
     report.tokens = sum(batch.tokens(batch.input_ids[..., None]).shape[0] for batch in batches)
     was_training = model.training

@@ -19,12 +19,24 @@ class ComponentStates:
     Args:
         config: the hybrid's configuration.
         providers: hybrids to borrow modules from, tried in order.
+        uncut: the components themselves, one for each of the hybrid's, instead.
+
+    Raises:
+        ValueError: `uncut` are other models than the configuration says.
     """
 
-    def __init__(self, config, providers: list[PreTrainedModel]):
+    def __init__(self, config, providers: list[PreTrainedModel], uncut: list[PreTrainedModel] | None = None):
         self.config, self.providers = config, providers
         self._bases: dict[tuple[int, int], PreTrainedModel] = {}
         self._loaded: dict[int, PreTrainedModel] = {}
+        if uncut is not None:
+            shapes = [
+                [(c.model_type, c.hidden_size, c.num_hidden_layers) for c in side]
+                for side in ([model.config for model in uncut], config.components)
+            ]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"components: got {shapes[0]} (family, width, depth), allowed is {shapes[1]}.")
+            self._loaded = {k: getattr(model, model.base_model_prefix) for k, model in enumerate(uncut)}
 
     def check(self, wanted: Iterable[int]) -> None:
         """
@@ -93,7 +105,7 @@ class ComponentStates:
         if source is None:
             raise ValueError(
                 f"components[{k}]: its own hidden states are needed, but the hybrid holds only part of it and no "
-                "source to load it from. Calibrate the supernet, or pass `components`."
+                "source to load it from. Pass `components`: the uncut models, or a supernet of them."
             )
         provider = self.providers[0]
         loaded = AutoModelForCausalLM.from_pretrained(
