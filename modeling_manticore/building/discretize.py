@@ -227,15 +227,15 @@ def _side_index(ends: list, component: int, block: int, chosen: list[int]) -> in
 
 def corner_map(model: PreTrainedModel, junction: Junction, index: int, source: int, target: int):
     """
-    Weight (d_target, d_source) and bias (d_target,), float32, of the map from source to target at the corner where
+    Weight (d_target, d_source) and bias (d_target,), float64, of the map from source to target at the corner where
     both have weight 1 (equations of design 3 with a = 1).
     """
     out, into = out_projectors_of(model, index)[source], in_projectors_of(model, index)[target]
     d_in, d_out = junction.sources[source].width, junction.targets[target].width
     if junction.single:
-        return into[1].weight.float(), into[1].bias.float()
+        return into[1].weight.double(), into[1].bias.double()
     device = model.device
-    shape = {"device": device, "dtype": torch.float32}
+    shape = {"device": device, "dtype": torch.float64}
     out_weight, out_bias = _gated_map(
         junction, out, torch.eye(junction.width, d_in, **shape), alone=len(junction.sources) == 1
     )
@@ -250,7 +250,7 @@ def _gated_map(junction: Junction, named, plain: torch.Tensor, alone: bool):
     if named is None:
         return plain, plain.new_zeros(plain.shape[0])
     projector = named[1]
-    weight, bias = projector.weight.float(), projector.bias.float()
+    weight, bias = projector.weight.double(), projector.bias.double()
     if alone or junction.gate in ("routed", "none"):
         return weight, bias
     gate = projector.strength() if junction.gate == "learned" else 1.0
