@@ -40,11 +40,20 @@ class DemoOptions:
     eval_rows: int = field(default=128, metadata={"help": "Test rows of each text."})
     learning_rates: list[float] | None = field(
         default=None,
-        metadata={"help": "Learning rate of continued training of each component; default: learning_rate for all."},
+        metadata={
+            "help": "Learning rate of continued training of each component; default 4e-3 for the demo's own, 1e-4 for "
+            "given ones."
+        },
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the hybrids' fine-tuning."})
-    search_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of weights in the search."})
-    mixture_learning_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the mixture weights."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the hybrids' fine-tuning; default 2e-3, with given components 1e-4."},
+    )
+    search_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of weights in the search; default 1e-3, with given components 1e-4."},
+    )
+    mixture_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the mixture weights."})
     component_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the demo's components."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the demo's components."})
     num_layers: int = field(default=6, metadata={"help": "Depth of the demo's components."})
@@ -75,14 +84,22 @@ class DemoOptions:
             "components: got fewer than two, allowed are two or more.",
         )
         count = 2 if self.components is None else len(self.components)
+        own = self.components is None
         if self.learning_rates is None:
-            self.learning_rates = [self.learning_rate] * count
+            self.learning_rates = [4e-3 if own else 1e-4] * count
+        if self.learning_rate is None:
+            self.learning_rate = 2e-3 if own else 1e-4
+        if self.search_learning_rate is None:
+            self.search_learning_rate = 1e-3 if own else 1e-4
         require(
             len(self.learning_rates) == count,
             f"learning_rates: got {len(self.learning_rates)}, allowed is one for each of {count} components.",
         )
         for name in ("learning_rate", "search_learning_rate", "mixture_learning_rate", "component_learning_rate"):
             require(getattr(self, name) > 0, f"{name}: got {getattr(self, name)}, allowed is a positive number.")
+        require(
+            min(self.learning_rates) > 0, f"learning_rates: got {self.learning_rates}, allowed are positive numbers."
+        )
         if self.search_steps is None:
             self.search_steps = max(1, self.steps * 2 // 3)
         if self.component_steps is None:
@@ -96,6 +113,10 @@ def run(arguments: list[str]) -> None:
     """
     (options,) = parse_options(DemoOptions, arguments, "demo", __doc__)
 
+    from transformers.utils import logging
+
     from .demo_run import Demo
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     Demo(options).run()

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -298,6 +300,9 @@ class Demo:
         ]
         plot_mixtures(self.search_history, self.output / "mixture_weights.png", names)
         plot_losses(self.output / "losses.png", self.rows, self.histories)
+        self.facts["versions"] = {"python": platform.python_version()} | {
+            name: version(name) for name in ("modeling-manticore", "torch", "transformers")
+        }
         write_json(self.output / "table.json", self.rows, verdict=verdict, settings=asdict(self.options), **self.facts)
         print("\n".join(["", *verdict, f"{self.facts['total_seconds']:.0f} seconds in all", "", table(self.rows), ""]))
         print(f"hybrid: {self.output / 'hybrid'}")

@@ -1,0 +1,48 @@
+"""What the benchmark scripts share: intervals over seeds, and results as JSON with what made them."""
+
+import json
+import math
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from transformers.utils import logging
+
+
+RESULTS = Path(__file__).parent / "results"
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # two-sided 95 %, by sample size
+
+
+def quiet() -> None:
+    """Neither progress bars nor hints of transformers between the lines of a table."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def summary(values: list[float]) -> dict:
+    """Mean, 95 % interval (Student's t) and the values themselves."""
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": mean(values), "half_width": half, "values": values}
+
+
+def shown(values: list[float]) -> str:
+    """`mean +- half width` in three digits."""
+    found = summary(values)
+    return f"{found['mean']:.3f}" + ("" if found["half_width"] is None else f" +- {found['half_width']:.3f}")
+
+
+def write(name: str, results: dict) -> None:
+    """Write `results/NAME.json` with the command and the versions."""
+    made_by = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers")},
+        "threads": torch.get_num_threads(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps({"made_by": made_by} | results, indent=2) + "\n")
+    print(f"written: {file.relative_to(Path(__file__).parents[1])}")

@@ -1,0 +1,78 @@
+"""
+Corners on the demo's trained components: a pure corner is the component, under "routed" a mixed corner is the
+discretized hybrid. Largest difference of a logit, float32. Run `manticore demo` (or this) once to train them.
+"""
+
+import argparse
+import itertools
+
+import torch
+from _shared import quiet, write
+from transformers import AutoModelForCausalLM
+
+from modeling_manticore import ManticoreForCausalLM, calibrate, discretize
+from modeling_manticore.commands.demo import DemoOptions
+from modeling_manticore.commands.demo_components import own_components, pack_domains, read_splits
+from modeling_manticore.tasks.text import interleave
+
+
+TOLERANCE = 1e-5
+
+
+def main() -> None:
+    """Print the table and write `results/corners.json`; an error where a difference exceeds the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4, help="test rows of each domain")
+    given = parser.parse_args()
+    quiet()
+    options = DemoOptions()
+    splits = read_splits(options)
+    components, tokenizer = own_components(options, splits)
+    domains = pack_domains(splits, tokenizer, options)
+    ids = torch.cat([domain.test[: given.rows] for domain in domains])
+    text = interleave([domain.search for domain in domains], 64, 0)
+    folders = [component.folder for component in components]
+    uncut = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+
+    rows = []
+    with torch.inference_mode():
+        expected = [model(input_ids=ids).logits for model in uncut]
+        for blocks, gate, ends, init in itertools.product(
+            (1, 2, 3, 6), ("routed", "mixture"), (True, False), ("random", "calibrated")
+        ):
+            model = ManticoreForCausalLM.from_components(
+                folders, num_blocks=blocks, gate=gate, project_ends=ends, projector_init="random"
+            )
+            if init == "calibrated":
+                calibrate(model, text, progress=False)
+            row = {
+                "blocks": blocks,
+                "gate": gate,
+                "project_ends": ends,
+                "projectors": init,
+                "mixed": 0.0,
+                "corners": 0,
+            }
+            pure = []
+            for k in range(2):
+                model.set_mixture_weights([[float(p == k) for p in range(2)]] * blocks)
+                pure.append((model(input_ids=ids).logits - expected[k]).abs().max().item())
+            row["pure"] = max(pure)
+            if gate == "routed":
+                for choice in itertools.product(range(2), repeat=blocks):
+                    model.set_mixture_weights([[float(p == k) for p in range(2)] for k in choice])
+                    hybrid = discretize(model, list(choice), refit=False)
+                    difference = (model(input_ids=ids).logits - hybrid(input_ids=ids).logits).abs().max().item()
+                    row["mixed"], row["corners"] = max(row["mixed"], difference), row["corners"] + 1
+            rows.append(row)
+            print(row, flush=True)
+    worst = max(max(row["pure"], row["mixed"]) for row in rows)
+    scale = max(logits.abs().max().item() for logits in expected)
+    print(f"largest difference {worst:.2e}; largest logit {scale:.1f}")
+    write("corners", {"rows": rows, "largest_difference": worst, "largest_logit": scale, "tolerance": TOLERANCE})
+    if worst > TOLERANCE:
+        raise SystemExit(f"corners differ by {worst:.2e}, allowed is {TOLERANCE}")
+
+
+if __name__ == "__main__":
+    main()
