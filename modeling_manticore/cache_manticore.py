@@ -1,6 +1,6 @@
 """Cache of a hybrid: a flat list of transformers' own cache layers, seen by each path through a view of its slice."""
 
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
 
 from .configuration_manticore import ManticoreConfig
 
@@ -15,17 +15,18 @@ class SliceCache(Cache):
         placeholders = [DummyLayer() for _ in range(depth)]
         super().__init__(layers=placeholders[:start] + layers + placeholders[start + len(layers) :])
         self.parent = parent
+        self.ahead = 0  # tokens of the current forward pass that this slice has already been fed, one at a time
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that every layer of the hybrid has seen. Linear layers do not count them, so the parent does."""
-        return self.parent.get_seq_length()
+        """Tokens that this slice has seen. Linear layers do not count them, so the parent does."""
+        return self.parent.get_seq_length() + self.ahead
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(kv_length, kv_offset) of the layer; of a full-attention layer where the index names no attention layer."""
         layer = self.layers[layer_idx]
         if isinstance(layer, CacheLayerMixin):
             return layer.get_mask_sizes(query_length)
-        return self.parent.get_seq_length() + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
 
 class ManticoreCache(Cache):
@@ -59,6 +60,11 @@ class ManticoreCache(Cache):
         """The part of the cache that belongs to one path."""
         return self._views[block, path]
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer holds a state that all earlier tokens went into, so that padding must come first."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+
     def advance(self, tokens: int) -> None:
         """Count tokens that a forward pass has just written into every layer."""
         self.seen_tokens += tokens
@@ -72,7 +78,17 @@ class ManticoreCache(Cache):
         return self.seen_tokens + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens (a number <= 0, as transformers counts)."""
+        """
+        Remove the last `-tokens_to_remove` tokens (a number <= 0, as transformers counts).
+
+        Raises:
+            ValueError: some layer holds a recurrent state, which cannot forget its last tokens.
+        """
+        if tokens_to_remove < 0 and not self.is_croppable:
+            raise ValueError(
+                f"tokens_to_remove: got {tokens_to_remove}, allowed is 0: the recurrent states in this cache cannot "
+                "forget their last tokens. Keep a copy (`copy.deepcopy(cache)`) of the cache to come back to."
+            )
         super().crop(tokens_to_remove)
         self.seen_tokens += min(tokens_to_remove, 0)
 

@@ -27,6 +27,7 @@ from .mixing_manticore import (
 )
 from .slicing_manticore import (
     ComponentBlueprint,
+    check_positions,
     collect_dtype_rules,
     component_blueprints,
     derive_positions,
@@ -59,6 +60,11 @@ class ManticorePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: all initialisation here goes through transformers' own functions, which know what was loaded."""
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Projector):
@@ -217,7 +223,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             past_key_values = ManticoreCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
-        self._check_positions(position_ids, seen)
+        check_positions(self.config, self._position_limits, position_ids, seen)
 
         weights = self._block_weights()
         boundary = self.run_stems(
@@ -275,14 +281,6 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise ValueError(
                 f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
             )
-
-    def _check_positions(self, position_ids, seen) -> None:
-        for k, limit in self._position_limits.items():
-            if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
-                raise ValueError(
-                    f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component "
-                    f"{k} ({self.config.components[k].model_type}) has {limit} learned positions."
-                )
 
 
 class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):

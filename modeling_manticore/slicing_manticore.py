@@ -8,6 +8,8 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -21,11 +23,16 @@ FINAL_NORMS = ("norm", "final_norm", "ln_f", "norm_f", "final_layer_norm", "fina
 AFTER_LAST = ("project_out",)
 BEFORE_FIRST = ("project_in", "word_embeddings_layernorm", "drop", "emb_dropout")
 LEARNED_POSITIONS = ("wpe", "embed_positions")
-UNIT_BUFFERS = ("normalizer",)
-UNIT_ATTRIBUTES = ("embedding_multiplier",)
+UNIT_FACTORS = ("normalizer", "embedding_multiplier")  # buffers or numbers that scale the embeddings
 
 # Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
-ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba")
+ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
+
+# Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
+STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal_block.rg_lru.recurrent_states")}
+
+# Families that let padding into a convolution: (module that gets `position_ids`, its child whose output is masked).
+PADDING_LEAKS = {"recurrent_gemma": ("temporal_block", "linear_x")}
 
 
 class Zero(nn.Module):
@@ -35,10 +42,28 @@ class Zero(nn.Module):
         return torch.zeros(())
 
 
+class Absent:
+    """
+    Stands for a module or buffer that a view does without: it has every attribute, counts as initialised already, and
+    is the factor 1 in whatever type is asked for.
+    """
+
+    _is_hf_initialized = True
+
+    def __getattr__(self, name: str) -> "Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def type(self, dtype: torch.dtype) -> float:
+        """The factor 1."""
+        return 1.0
+
+
 class PassThrough(nn.Module):
     """
     Stands for a layer outside the slice: returns its hidden states as that layer would, a tensor (`arity` 0) or an
-    n-tuple, and shows the layer's plain attributes to code that looks at them.
+    n-tuple, and shows the layer's plain attributes, and that it had children, to code that looks at them.
     """
 
     def __init__(self, layer: nn.Module, arity: int):
@@ -46,6 +71,8 @@ class PassThrough(nn.Module):
         for name, value in vars(layer).items():
             if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training":
                 setattr(self, name, value)
+        for name, _ in layer.named_children():
+            setattr(self, name, Absent())
         self.arity = arity
 
     def forward(self, *args, **kwargs):
@@ -121,6 +148,8 @@ class ComponentBlueprint:
             else PassThrough(layer, arity)
             for i, layer in enumerate(self.layers)
         )
+        for layer in owner._modules[leaf][start:stop]:
+            stop_padding_leaks(layer, self.config.model_type)
         modules = owner._modules
         if not tail:
             _replace(modules, FINAL_NORMS + AFTER_LAST, nn.Identity)
@@ -128,11 +157,10 @@ class ComponentBlueprint:
             return
         _replace(modules, BEFORE_FIRST, nn.Identity)
         _replace(modules, LEARNED_POSITIONS, Zero)
-        for name in UNIT_BUFFERS:
-            if name in owner._buffers:
-                owner._buffers[name] = torch.ones_like(owner._buffers[name])
-        for name in UNIT_ATTRIBUTES:
-            if name in vars(owner):
+        for name in UNIT_FACTORS:
+            if owner._buffers.pop(name, None) is not None:
+                setattr(owner, name, Absent())
+            elif name in vars(owner):
                 setattr(owner, name, 1.0)
         embedding = base.get_input_embeddings()
         parent, leaf_name = owner_of(base, next(name for name, module in base.named_modules() if module is embedding))
@@ -200,9 +228,10 @@ def run_view(
     Run a stem or a slice: tokens (batch, tokens) or hidden states (batch, tokens, d_k) -> hidden states
     (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far.
     """
+    family = view.config.model_type
     tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-    if cache is not None and tokens > 1 and cache.get_seq_length() and view.config.model_type in ONE_TOKEN_AT_A_TIME:
-        return _run_token_by_token(view, inputs_embeds, position_ids, cache)
+    if cache is not None and tokens > 1 and cache.get_seq_length() and family in ONE_TOKEN_AT_A_TIME:
+        return _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache)
     accepted = _parameters(type(view))
     arguments = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if "position_ids" in accepted:
@@ -214,17 +243,79 @@ def run_view(
     arguments["use_cache"] = cache is not None
     if cache is not None:
         arguments["cache_params" if recurrent else "past_key_values"] = cache
+    if family in STATE_ON_MODULES:
+        with lent_states(view, cache):
+            return view(**arguments)[0]
     return view(**arguments)[0]
 
 
-def _run_token_by_token(view, inputs_embeds, position_ids, cache):
-    steps = []
-    for t in range(inputs_embeds.shape[1]):
-        now = slice(t, t + 1)
+def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache):
+    steps, tokens = [], inputs_embeds.shape[1]
+    for t in range(tokens):
+        cache.ahead, now = t, slice(t, t + 1)
         steps.append(
-            run_view(view, inputs_embeds=inputs_embeds[:, now], position_ids=position_ids[:, now], cache=cache)
+            run_view(
+                view,
+                inputs_embeds=inputs_embeds[:, now],
+                attention_mask=None if attention_mask is None else attention_mask[:, : t + 1 - tokens or None],
+                position_ids=position_ids[:, now],
+                cache=cache,
+            )
         )
+    cache.ahead = 0
     return torch.cat(steps, dim=1)
+
+
+@contextmanager
+def lent_states(view: PreTrainedModel, cache: SliceCache | None) -> Iterator[None]:
+    """
+    For families with STATE_ON_MODULES: put the states of `cache` (None: no states) on the modules of a view's layers,
+    and take them back, so that the cache is all there is to reorder, copy or forget.
+    """
+    paths = STATE_ON_MODULES[view.config.model_type]
+    layers = view.get_submodule(find_layers(view, view.config))
+    owners = {}
+    for i, layer in enumerate(layers):
+        if {path.rpartition(".")[0] for path in paths} <= dict(layer.named_modules()).keys():
+            owners[i] = [owner_of(layer, path) for path in paths]
+    stores = {} if cache is None else {i: cache.layers[i] for i in owners}
+    for i, pairs in owners.items():
+        states = [stores[i].conv_states[0], stores[i].recurrent_states[0]] if i in stores else [None, None]
+        for (module, name), state in zip(pairs, states):
+            setattr(module, name, state)
+    try:
+        yield
+        for i, store in stores.items():
+            convolution, recurrent = (getattr(module, name) for module, name in owners[i])
+            store.device, store.dtype = convolution.device, convolution.dtype
+            store.conv_states[0], store.recurrent_states[0] = convolution, recurrent
+            store.is_conv_states_initialized[0] = store.is_recurrent_states_initialized[0] = True
+            store.has_previous_state[0] = True
+    finally:
+        for pairs in owners.values():
+            for module, name in pairs:
+                setattr(module, name, None)
+
+
+def stop_padding_leaks(layer: nn.Module, family: str) -> None:
+    """For families with PADDING_LEAKS: zero the child's output at padding, which repeats position 0."""
+    if family not in PADDING_LEAKS:
+        return
+    owner_name, child_name = PADDING_LEAKS[family]
+    owner = layer.get_submodule(owner_name)
+    if hasattr(owner, child_name):
+        owner.register_forward_pre_hook(functools.partial(_note_padding, child_name), with_kwargs=True)
+        getattr(owner, child_name).register_forward_hook(_zero_padding)
+
+
+def _note_padding(child_name, module, args, kwargs):
+    positions = kwargs["position_ids"]
+    following = nn.functional.pad(positions[:, 1:], (0, 1), value=1)
+    getattr(module, child_name).real_tokens = ((positions > 0) | (following > 0))[..., None]
+
+
+def _zero_padding(module, args, output):
+    return output * module.real_tokens.to(output.dtype)
 
 
 def position_limit(stem: PreTrainedModel) -> int | None:
@@ -255,6 +346,18 @@ def materialise(*modules: nn.Module) -> None:
             ]:
                 if any(tensor.is_meta for tensor in [*view.parameters(), *view.buffers()]):
                     view.to_empty(device=device)
+                    initialise_buffers(view)
+
+
+def initialise_buffers(view: PreTrainedModel) -> None:
+    """Compute the buffers of a view (rotary frequencies, multipliers) as its family does; parameters stay."""
+    modules, parameters = list(view.modules()), list(view.parameters())
+    for parameter in parameters:
+        parameter._is_hf_initialized = True
+    view.initialize_weights()
+    for thing in (*modules, *parameters):
+        if hasattr(thing, "_is_hf_initialized"):
+            del thing._is_hf_initialized
 
 
 def collect_dtype_rules(model: PreTrainedModel, blueprints: list) -> None:
@@ -272,6 +375,19 @@ def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTen
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
     return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
+
+
+def check_positions(config: ManticoreConfig, limits: dict[int, int | None], position_ids, seen: int) -> None:
+    """
+    Raises:
+        ValueError: a position is beyond the learned ones of a component (`limits`: component -> their number).
+    """
+    for k, limit in limits.items():
+        if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component "
+                f"{k} ({config.components[k].model_type}) has {limit} learned positions."
+            )
 
 
 def _replace(modules: dict, names: tuple, factory: type) -> None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny import FAMILIES, component, tokens
+from transformers import DynamicCache
 
 from modeling_manticore import ManticoreConfig, ManticoreForCausalLM
-from modeling_manticore.slicing_manticore import ComponentBlueprint, run_view
+from modeling_manticore.slicing_manticore import PADDING_LEAKS, ComponentBlueprint, run_view
 
 
 def chain(model, cuts):
@@ -32,10 +33,26 @@ def run(model, ids, mask, cache=None, use_cache=False):
 
 def run_in_steps(model, ids, mask, steps):
     cache, parts = None, []
+    if model.config.model_type != "manticore":
+        cache = DynamicCache(config=model.config)  # recurrent_gemma does not hand out the one it makes
     for start, stop in zip((0, *steps), steps):
-        logits, cache = run(model, ids[:, start:stop], mask[:, :stop], cache, use_cache=True)
+        logits, found = run(model, ids[:, start:stop], mask[:, :stop], cache, use_cache=True)
+        cache = cache if cache is not None else found
         parts.append(logits)
     return torch.cat(parts, 1)
+
+
+def reference(model, ids, mask, steps):
+    """(full forward, in steps) of the uncut model; row by row without padding where it lets padding leak."""
+    if model.config.model_type not in PADDING_LEAKS or mask.all():
+        return run(model, ids, mask)[0], run_in_steps(model, ids, mask, steps)
+    full, stepped = torch.zeros(*ids.shape, model.config.vocab_size), torch.zeros(*ids.shape, model.config.vocab_size)
+    for row, live in enumerate(mask.bool()):
+        alone = ids[row : row + 1, live]
+        full[row, live] = run(model, alone, torch.ones_like(alone))[0][0]
+        offset = ids.shape[1] - alone.shape[1]
+        stepped[row, live] = run_in_steps(model, alone, torch.ones_like(alone), [s - offset for s in steps])[0]
+    return full, stepped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,12 +63,13 @@ def test_chained_slices_are_the_uncut_model(family, padding):
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     live = mask.bool()
-    full, decoded = run(model, ids, mask)[0], run_in_steps(model, ids, mask, range(8, 13))
+    full, decoded = reference(model, ids, mask, range(8, 13))
+    exact = 0 if padding == 0 or model.config.model_type not in PADDING_LEAKS else 1e-5
     for cuts in even_and_uneven_cuts(model.config.num_hidden_layers):
         hybrid = chain(model, cuts)
-        assert torch.equal(run(hybrid, ids, mask)[0][live], full[live])
+        torch.testing.assert_close(run(hybrid, ids, mask)[0][live], full[live], atol=exact, rtol=0)
         found = run_in_steps(hybrid, ids, mask, range(8, 13))
-        torch.testing.assert_close(found[live], decoded[live], atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[live], decoded[live], atol=1e-6 + exact, rtol=0)
         # Several tokens on a filled cache: some uncut families are wrong there, so against the full forward.
         torch.testing.assert_close(run_in_steps(hybrid, ids, mask, (6, 12))[live], full[live], atol=5e-5, rtol=0)
 
