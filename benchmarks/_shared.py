@@ -34,12 +34,16 @@ def shown(values: list[float]) -> str:
     return f"{found['mean']:.3f}" + ("" if found["half_width"] is None else f" +- {found['half_width']:.3f}")
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Installed version of each package."""
+    return {package: version(package) for package in packages}
+
+
 def write(name: str, results: dict) -> None:
     """Write `results/NAME.json` with the command and the versions."""
     made_by = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers")},
+        "versions": {"python": platform.python_version()} | versions("torch", "transformers"),
         "threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)

@@ -1,8 +1,27 @@
-"""Cache of a hybrid: a flat list of transformers' own cache layers, seen by each path through a view of its slice."""
+"""
+Cache of a hybrid: a flat list of transformers' own cache layers, seen by each path through a view of its slice.
 
+Some layers need help to be exact with a cache and with padding: those that keep states on their modules, let padding
+into a convolution, or limit their time steps in prefill but not in decoding.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
 
 from .configuration_manticore import ManticoreConfig
+
+
+# Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
+STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal_block.rg_lru.recurrent_states")}
+
+# Families that let padding into a convolution: (module that gets `position_ids`, its child whose output is masked).
+PADDING_LEAKS = {"recurrent_gemma": ("temporal_block", "linear_x")}
 
 
 class SliceCache(Cache):
@@ -96,6 +115,92 @@ class ManticoreCache(Cache):
         """Empty every layer and the token count."""
         super().reset()
         self.seen_tokens = 0
+
+
+@contextmanager
+def lent_states(layers: nn.ModuleList, family: str, cache: SliceCache | None) -> Iterator[None]:
+    """
+    For families with STATE_ON_MODULES: put the states of `cache` (None: no states) on the modules of the layers, and
+    take them back, so that the cache is all there is to reorder, copy or forget.
+    """
+    owners = {}
+    for i, layer in enumerate(layers):
+        names = [path.rpartition(".") for path in STATE_ON_MODULES[family]]
+        if {owner for owner, _, _ in names} <= dict(layer.named_modules()).keys():
+            owners[i] = [(layer.get_submodule(owner), name) for owner, _, name in names]
+    stores = {} if cache is None else {i: cache.layers[i] for i in owners}
+    for i, pairs in owners.items():
+        states = [stores[i].conv_states[0], stores[i].recurrent_states[0]] if i in stores else [None, None]
+        for (module, name), state in zip(pairs, states):
+            setattr(module, name, state)
+    try:
+        yield
+        for i, store in stores.items():
+            convolution, recurrent = (getattr(module, name) for module, name in owners[i])
+            store.device, store.dtype = convolution.device, convolution.dtype
+            store.conv_states[0], store.recurrent_states[0] = convolution, recurrent
+            store.is_conv_states_initialized[0] = store.is_recurrent_states_initialized[0] = True
+            store.has_previous_state[0] = True
+    finally:
+        for pairs in owners.values():
+            for module, name in pairs:
+                setattr(module, name, None)
+
+
+class Note:
+    """What a module's pre-hook tells the hook of one of its children, within one forward pass."""
+
+    value: torch.Tensor | None = None
+
+
+def correct_layer(layer: nn.Module, family: str) -> None:
+    """
+    Hook what a layer needs to be exact: for families with PADDING_LEAKS the child's output is zero at padding (which
+    repeats position 0), and mixers in the manner of Mamba-2 with limited time steps keep to the limits also for single
+    tokens, where the families' own code forgets them (nemotron_h).
+    """
+    if family in PADDING_LEAKS:
+        owner_name, child_name = PADDING_LEAKS[family]
+        owner, note = layer.get_submodule(owner_name), Note()
+        if hasattr(owner, child_name):
+            owner.register_forward_pre_hook(functools.partial(_note_padding, note), with_kwargs=True)
+            getattr(owner, child_name).register_forward_hook(functools.partial(_zero_padding, note))
+    for mixer in layer.modules():
+        limits = getattr(mixer, "time_step_limit", None)
+        if limits is None or tuple(limits) == (0.0, float("inf")) or hasattr(mixer, "mup_vector"):
+            continue
+        note = Note()
+        mixer.register_forward_pre_hook(functools.partial(_note_time_step_bias, note))
+        mixer.in_proj.register_forward_hook(functools.partial(_limit_single_time_steps, note, tuple(limits)))
+
+
+def _note_padding(note, module, args, kwargs):
+    positions = kwargs["position_ids"]
+    following = nn.functional.pad(positions[:, 1:], (0, 1), value=1)
+    note.value = ((positions > 0) | (following > 0))[..., None]
+
+
+def _zero_padding(note, module, args, output):
+    return output * note.value.to(output.dtype)
+
+
+def _note_time_step_bias(note, module, args):
+    note.value = module.dt_bias
+
+
+def _limit_single_time_steps(note, limits, module, args, output):
+    """Clamp the last entries, which become time steps softplus(entry + bias), as if the time steps were clamped."""
+    if output.shape[1] != 1:
+        return output
+    rest, steps = output.split([output.shape[-1] - len(note.value), len(note.value)], dim=-1)
+    low, high = (_inverse_softplus(limit) - note.value for limit in limits)
+    return torch.cat([rest, steps.clamp(low.to(steps.dtype), high.to(steps.dtype))], dim=-1)
+
+
+def _inverse_softplus(value: float) -> float:
+    if value == 0:
+        return -float("inf")
+    return value if value > 30 else math.log(math.expm1(value))
 
 
 __all__ = ["ManticoreCache"]

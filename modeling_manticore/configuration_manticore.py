@@ -36,7 +36,8 @@ class ManticoreConfig(PreTrainedConfig):
     Args:
         components (`list[PreTrainedConfig | dict]`): one configuration per component, in order. Besides the family's
             own fields an entry carries `source` and `revision` (where its weights came from) and `layer_arity` (what
-            its layers return: 0 for a tensor, n for an n-tuple; found out at construction when absent).
+            its layers return: 0 for a tensor, n for an n-tuple) and `projects_out` (whether its final norm is followed
+            by a projection), both found out at construction when absent.
         blocks (`list[list[dict]]`): the architecture. Each block is a list of paths
             `{"component": k, "start": i, "stop": j}`: layers [i, j) of component k. Several paths run side by side and
             are mixed; a block of one path is plain.
@@ -196,14 +197,22 @@ class ManticoreConfig(PreTrainedConfig):
         return self.components[component].num_hidden_layers
 
     def norm_in_head(self, component: int) -> bool:
-        """Whether the component's final norm runs in its head, because a path of its in the last block stops early."""
+        """
+        Whether the component's final norm runs in its head: because a path of its in the last block stops early, or
+        because a projection to another width follows the norm (opt-350m).
+        """
+        if getattr(self.components[component], "projects_out", False):
+            return True
         return any(p["component"] == component and p["stop"] < self.depth(component) for p in self.blocks[-1])
 
     def ends_component(self, block: int, path: int) -> bool:
         """Whether the final norm of the component runs at the end of this path."""
         spec = self.blocks[block][path]
-        last = block == len(self.blocks) - 1
-        return spec["stop"] == self.depth(spec["component"]) and not (last and self.norm_in_head(spec["component"]))
+        if spec["stop"] < self.depth(spec["component"]) or getattr(
+            self.components[spec["component"]], "projects_out", False
+        ):
+            return False
+        return block < len(self.blocks) - 1 or not self.norm_in_head(spec["component"])
 
     @property
     def is_discretized(self) -> bool:

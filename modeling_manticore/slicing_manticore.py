@@ -8,14 +8,12 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .cache_manticore import SliceCache
+from .cache_manticore import STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
 
 
@@ -27,12 +25,6 @@ UNIT_FACTORS = ("normalizer", "embedding_multiplier")  # buffers or numbers that
 
 # Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
 ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
-
-# Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
-STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal_block.rg_lru.recurrent_states")}
-
-# Families that let padding into a convolution: (module that gets `position_ids`, its child whose output is masked).
-PADDING_LEAKS = {"recurrent_gemma": ("temporal_block", "linear_x")}
 
 
 class Zero(nn.Module):
@@ -109,6 +101,7 @@ class ComponentBlueprint:
         owner._modules[leaf] = nn.ModuleList()
         if getattr(config, "layer_arity", None) is None:
             config.layer_arity = self._find_arity()
+            config.projects_out = any(owner._modules.get(name) is not None for name in AFTER_LAST)
 
     def view(self, start: int, stop: int, stem: bool = False, tail: bool = False) -> PreTrainedModel:
         """The base model with layers [start, stop) only, as a meta model of the component's own class."""
@@ -149,7 +142,7 @@ class ComponentBlueprint:
             for i, layer in enumerate(self.layers)
         )
         for layer in owner._modules[leaf][start:stop]:
-            stop_padding_leaks(layer, self.config.model_type)
+            correct_layer(layer, self.config.model_type)
         modules = owner._modules
         if not tail:
             _replace(modules, FINAL_NORMS + AFTER_LAST, nn.Identity)
@@ -244,7 +237,7 @@ def run_view(
     if cache is not None:
         arguments["cache_params" if recurrent else "past_key_values"] = cache
     if family in STATE_ON_MODULES:
-        with lent_states(view, cache):
+        with lent_states(view.get_submodule(find_layers(view, view.config)), family, cache):
             return view(**arguments)[0]
     return view(**arguments)[0]
 
@@ -264,58 +257,6 @@ def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache
         )
     cache.ahead = 0
     return torch.cat(steps, dim=1)
-
-
-@contextmanager
-def lent_states(view: PreTrainedModel, cache: SliceCache | None) -> Iterator[None]:
-    """
-    For families with STATE_ON_MODULES: put the states of `cache` (None: no states) on the modules of a view's layers,
-    and take them back, so that the cache is all there is to reorder, copy or forget.
-    """
-    paths = STATE_ON_MODULES[view.config.model_type]
-    layers = view.get_submodule(find_layers(view, view.config))
-    owners = {}
-    for i, layer in enumerate(layers):
-        if {path.rpartition(".")[0] for path in paths} <= dict(layer.named_modules()).keys():
-            owners[i] = [owner_of(layer, path) for path in paths]
-    stores = {} if cache is None else {i: cache.layers[i] for i in owners}
-    for i, pairs in owners.items():
-        states = [stores[i].conv_states[0], stores[i].recurrent_states[0]] if i in stores else [None, None]
-        for (module, name), state in zip(pairs, states):
-            setattr(module, name, state)
-    try:
-        yield
-        for i, store in stores.items():
-            convolution, recurrent = (getattr(module, name) for module, name in owners[i])
-            store.device, store.dtype = convolution.device, convolution.dtype
-            store.conv_states[0], store.recurrent_states[0] = convolution, recurrent
-            store.is_conv_states_initialized[0] = store.is_recurrent_states_initialized[0] = True
-            store.has_previous_state[0] = True
-    finally:
-        for pairs in owners.values():
-            for module, name in pairs:
-                setattr(module, name, None)
-
-
-def stop_padding_leaks(layer: nn.Module, family: str) -> None:
-    """For families with PADDING_LEAKS: zero the child's output at padding, which repeats position 0."""
-    if family not in PADDING_LEAKS:
-        return
-    owner_name, child_name = PADDING_LEAKS[family]
-    owner = layer.get_submodule(owner_name)
-    if hasattr(owner, child_name):
-        owner.register_forward_pre_hook(functools.partial(_note_padding, child_name), with_kwargs=True)
-        getattr(owner, child_name).register_forward_hook(_zero_padding)
-
-
-def _note_padding(child_name, module, args, kwargs):
-    positions = kwargs["position_ids"]
-    following = nn.functional.pad(positions[:, 1:], (0, 1), value=1)
-    getattr(module, child_name).real_tokens = ((positions > 0) | (following > 0))[..., None]
-
-
-def _zero_padding(module, args, output):
-    return output * module.real_tokens.to(output.dtype)
 
 
 def position_limit(stem: PreTrainedModel) -> int | None:
