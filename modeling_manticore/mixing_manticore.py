@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
@@ -154,6 +156,20 @@ class Boundary:
         index = slice(-positions, None) if isinstance(positions, int) else positions
         parts = ([None if x is None else x[:, index] for x in xs] for xs in (self.states, self.projected))
         return Boundary(*parts, self.weights)
+
+
+@dataclass
+class ManticoreModelOutput(BaseModelOutputWithPast):
+    """
+    Output of the trunk; `boundary` is what the last block hands to the heads, `block_weights` the weights used;
+    `aux_loss` balances the experts of all components, `router_loss` is what of it enters a training loss.
+    """
+
+    boundary: Boundary | None = None
+    block_weights: list | None = None
+    router_logits: tuple | None = None
+    aux_loss: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
 class Junction:
@@ -308,6 +324,7 @@ class ManticoreBlock(nn.Module):
     def __init__(self, config: ManticoreConfig, index: int, before: Junction, after: Junction, blueprints: list):
         super().__init__()
         self.index, self.before, self.after = index, before, after
+        self.components = [path["component"] for path in config.blocks[index]]
         entries, exits = before.in_projectors(), after.out_projectors()
         self.paths = nn.ModuleList()
         for p, path in enumerate(config.blocks[index]):
@@ -332,8 +349,12 @@ class ManticoreBlock(nn.Module):
         position_ids: torch.LongTensor,
         cache: ManticoreCache | None = None,
         need_stream: bool = False,
+        routers: dict[int, list] | None = None,
     ) -> Boundary:
-        """Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation."""
+        """
+        Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation. `routers`
+        collects the router logits of the components that are its keys.
+        """
         wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
         inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, wanted)
         states = []
@@ -349,9 +370,38 @@ class ManticoreBlock(nn.Module):
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     cache=view,
+                    router_logits=None if routers is None else routers.get(self.components[p]),
                 )
             )
         return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
+
+
+def router_collectors(config: ManticoreConfig, wanted: bool | None) -> dict[int, list]:
+    """An empty list for every component whose routers are to be balanced; `wanted` None: as its configuration says."""
+    return {
+        k: []
+        for k in config.used_components
+        if getattr(config.components[k], "router_aux_loss_coef", None) is not None
+        and (config.components[k].output_router_logits if wanted is None else wanted)
+    }
+
+
+def router_losses(config: ManticoreConfig, routers: dict[int, list], attention_mask: torch.Tensor | None) -> tuple:
+    """
+    (sum of the components' load-balancing losses, the same sum with each component's coefficient), scalars; a
+    component's loss is that of the uncut model over the layers it has here. (None, None) without routers.
+    """
+    losses, coefficients = [], []
+    for k, logits in routers.items():
+        component = config.components[k]
+        experts = getattr(component, "num_experts", None) or component.num_local_experts
+        if logits:
+            mask = None if attention_mask is None else attention_mask[:, -logits[0].shape[0] // len(attention_mask) :]
+            losses.append(load_balancing_loss_func(tuple(logits), experts, component.num_experts_per_tok, mask))
+            coefficients.append(component.router_aux_loss_coef)
+    if not losses:
+        return None, None
+    return sum(losses), sum(c * loss for c, loss in zip(coefficients, losses))
 
 
 def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:

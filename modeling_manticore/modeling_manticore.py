@@ -3,14 +3,13 @@
 import os
 import re
 import tempfile
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import ManticoreCache
@@ -18,34 +17,31 @@ from .configuration_manticore import AUTO_MAP, ManticoreConfig
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
+    ManticoreModelOutput,
     Mixture,
     Projector,
     component_weights,
     describe,
     junctions,
+    router_collectors,
+    router_losses,
     stream_of,
 )
 from .slicing_manticore import (
     ComponentBlueprint,
+    check_inputs,
     check_positions,
     collect_dtype_rules,
     component_blueprints,
     derive_positions,
     materialise,
     position_limit,
+    run_head,
     run_view,
 )
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class ManticoreModelOutput(BaseModelOutputWithPast):
-    """Output of the trunk; `boundary` is what the last block hands to the heads, `block_weights` the weights used."""
-
-    boundary: Boundary | None = None
-    block_weights: list | None = None
 
 
 class ManticorePreTrainedModel(PreTrainedModel):
@@ -196,6 +192,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         return_boundary: bool = False,
         **kwargs,
     ) -> ManticoreModelOutput:
@@ -205,13 +202,14 @@ class ManticoreModel(ManticorePreTrainedModel):
             position_ids: (batch, tokens); by default the number of unmasked tokens before each token.
             inputs_embeds: (batch, tokens, d_k) in place of `input_ids`, where the hybrid has one stem.
             output_hidden_states: also return the B + 1 boundaries of the stream, each (batch, tokens, D).
+            output_router_logits: collect the routers of mixtures of experts; by default as each component has it.
             return_boundary: return what heads need in place of the stream.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a foreign cache; attentions asked for;
                 positions beyond the learned ones.
         """
-        self._check_inputs(input_ids, inputs_embeds, past_key_values, output_attentions)
+        check_inputs(len(self.stems), input_ids, inputs_embeds, past_key_values, output_attentions)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -225,7 +223,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
         check_positions(self.config, self._position_limits, position_ids, seen)
 
-        weights = self._block_weights()
+        weights, routers = self._block_weights(), router_collectors(self.config, output_router_logits)
         boundary = self.run_stems(
             input_ids, inputs_embeds, attention_mask, position_ids, weights[0], output_hidden_states
         )
@@ -233,17 +231,21 @@ class ManticoreModel(ManticorePreTrainedModel):
         for b, block in enumerate(self.blocks):
             last = b == len(self.blocks) - 1
             need_stream = output_hidden_states or (last and not return_boundary)
-            boundary = block(boundary, weights[b], attention_mask, position_ids, past_key_values, need_stream)
+            boundary = block(boundary, weights[b], attention_mask, position_ids, past_key_values, need_stream, routers)
             if output_hidden_states:
                 streams.append(stream_of(boundary))
         if past_key_values is not None:
             past_key_values.advance(given.shape[1])
+        aux_loss, router_loss = router_losses(self.config, routers, attention_mask)
         return ManticoreModelOutput(
             last_hidden_state=None if return_boundary else stream_of(boundary),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(streams) or None,
             boundary=boundary if return_boundary else None,
             block_weights=weights if return_boundary else None,
+            router_logits=tuple(logits for collected in routers.values() for logits in collected) or None,
+            aux_loss=aux_loss,
+            router_loss=router_loss,
         )
 
     def run_stems(
@@ -266,21 +268,6 @@ class ManticoreModel(ManticorePreTrainedModel):
     def _block_weights(self) -> list[list]:
         """The weights of this pass, as scalars; computed once, they also gate the projectors around each block."""
         return [[1.0] if block.mixture is None else list(block.mixture().unbind()) for block in self.blocks]
-
-    def _check_inputs(self, input_ids, inputs_embeds, past_key_values, output_attentions) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is not None and len(self.stems) > 1:
-            raise ValueError(
-                f"inputs_embeds: this hybrid has {len(self.stems)} stems with an embedding each; give input_ids, or "
-                "discretize it first."
-            )
-        if output_attentions:
-            raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
-        if past_key_values is not None and not hasattr(past_key_values, "advance"):
-            raise ValueError(
-                f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
-            )
 
 
 class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
@@ -353,16 +340,18 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """
         Arguments of `ManticoreModel.forward`, and:
             labels: (batch, tokens), shifted inside; -100 is ignored. `num_items_in_batch` scales the loss.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given positions.
 
         Returns:
-            logits (batch, kept tokens, vocab_size), loss, cache and the B + 1 boundaries of the stream if asked for.
+            logits (batch, kept tokens, vocab_size), loss (with the router loss where router logits are collected),
+            cache, and the B + 1 boundaries of the stream if asked for.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -373,14 +362,21 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
             return_boundary=True,
         )
         logits = self._logits(outputs.boundary.keep(logits_to_keep), outputs.block_weights[self.config.head_block])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss = loss if outputs.router_loss is None else loss + outputs.router_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
         )
 
     def _logits(self, boundary: Boundary, block_weights: list) -> torch.Tensor:
@@ -390,7 +386,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
         inputs = self.junction.receive(boundary, projectors, gates, wanted)
         terms = [
-            (weight, self.heads[str(k)](inputs_embeds=state, use_cache=False).logits)
+            (weight, run_head(self.heads[str(k)], state))
             for (k, weight), state in zip(weights.items(), inputs)
             if state is not None
         ]

@@ -216,15 +216,17 @@ def run_view(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
     cache: SliceCache | None = None,
+    router_logits: list | None = None,
 ) -> torch.Tensor:
     """
     Run a stem or a slice: tokens (batch, tokens) or hidden states (batch, tokens, d_k) -> hidden states
-    (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far.
+    (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far. What the
+    routers of a mixture of experts say, (batch * tokens, experts) a layer, is added to `router_logits` if given.
     """
     family = view.config.model_type
     tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     if cache is not None and tokens > 1 and cache.get_seq_length() and family in ONE_TOKEN_AT_A_TIME:
-        return _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache)
+        return _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache, router_logits)
     accepted = _parameters(type(view))
     arguments = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if "position_ids" in accepted:
@@ -236,13 +238,24 @@ def run_view(
     arguments["use_cache"] = cache is not None
     if cache is not None:
         arguments["cache_params" if recurrent else "past_key_values"] = cache
+    if router_logits is not None:
+        arguments["output_router_logits"] = True
+        output = view(**arguments)
+        router_logits.extend(output.router_logits)
+        return output[0]
     if family in STATE_ON_MODULES:
         with lent_states(view.get_submodule(find_layers(view, view.config)), family, cache):
             return view(**arguments)[0]
     return view(**arguments)[0]
 
 
-def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache):
+def run_head(head: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, tokens, vocabulary) of last hidden states (batch, tokens, d_k)."""
+    options = {"output_router_logits": False} if "output_router_logits" in _parameters(type(head)) else {}
+    return head(inputs_embeds=hidden_states, use_cache=False, **options).logits
+
+
+def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache, router_logits):
     steps, tokens = [], inputs_embeds.shape[1]
     for t in range(tokens):
         cache.ahead, now = t, slice(t, t + 1)
@@ -253,6 +266,7 @@ def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache
                 attention_mask=None if attention_mask is None else attention_mask[:, : t + 1 - tokens or None],
                 position_ids=position_ids[:, now],
                 cache=cache,
+                router_logits=router_logits,
             )
         )
     cache.ahead = 0
@@ -316,6 +330,26 @@ def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTen
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
     return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
+
+
+def check_inputs(stems: int, input_ids, inputs_embeds, past_key_values, output_attentions) -> None:
+    """
+    Raises:
+        ValueError: both or neither kind of input; `inputs_embeds` for several stems; a foreign cache; attentions.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    if inputs_embeds is not None and stems > 1:
+        raise ValueError(
+            f"inputs_embeds: this hybrid has {stems} stems with an embedding each; give input_ids, or discretize it "
+            "first."
+        )
+    if output_attentions:
+        raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
+    if past_key_values is not None and not hasattr(past_key_values, "advance"):
+        raise ValueError(
+            f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
+        )
 
 
 def check_positions(config: ManticoreConfig, limits: dict[int, int | None], position_ids, seen: int) -> None:
