@@ -79,11 +79,6 @@ class ManticoreCache(Cache):
         """The part of the cache that belongs to one path."""
         return self._views[block, path]
 
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether some layer holds a state that all earlier tokens went into, so that padding must come first."""
-        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
-
     def advance(self, tokens: int) -> None:
         """Count tokens that a forward pass has just written into every layer."""
         self.seen_tokens += tokens
@@ -115,6 +110,31 @@ class ManticoreCache(Cache):
         """Empty every layer and the token count."""
         super().reset()
         self.seen_tokens = 0
+
+
+def is_recurrent(config: ManticoreConfig) -> bool:
+    """Whether some path has a layer whose state takes in every token, so that none can be masked afterwards."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in ManticoreCache(config).layers)
+
+
+def check_order(attention_mask, position_ids, tokens: int, seen: int) -> None:
+    """
+    What recurrent layers cannot do: skip padding once they have a state, or start afresh within a row.
+
+    Raises:
+        ValueError: padding among several tokens that continue a cache, or several sequences packed into one row.
+    """
+    if attention_mask is None:
+        if position_ids is not None and tokens > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+            raise ValueError(
+                "position_ids: got positions that start again, allowed are rising ones: recurrent layers would carry "
+                "one packed sequence over into the next. Give every sequence a row of its own."
+            )
+    elif seen and tokens > 1 and not bool(attention_mask[:, -tokens:].all()):
+        raise ValueError(
+            "attention_mask: got padding after the first tokens, allowed is padding before them: recurrent layers "
+            "cannot skip it. Continue rows of unequal length each on its own, or start again without the cache."
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .cache_manticore import ManticoreCache
+from .cache_manticore import ManticoreCache, check_order, is_recurrent
 from .configuration_manticore import AUTO_MAP, ManticoreConfig
 from .mixing_manticore import (
     Boundary,
@@ -176,6 +176,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             ManticoreBlock(config, b, plan[b], plan[b + 1], blueprints) for b in range(len(config.blocks))
         )
         self._position_limits = {k: position_limit(self.stems[str(k)]) for k in config.stem_components}
+        self.is_recurrent = is_recurrent(config)
         self.gradient_checkpointing = False
         materialise(self)
         collect_dtype_rules(self, blueprints)
@@ -209,7 +210,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a foreign cache; attentions asked for;
                 positions beyond the learned ones.
         """
-        check_inputs(len(self.stems), input_ids, inputs_embeds, past_key_values, output_attentions)
+        check_inputs(len(self.stems), input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -220,6 +221,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = ManticoreCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self.is_recurrent:
+            check_order(attention_mask, position_ids, given.shape[1], seen)
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
         check_positions(self.config, self._position_limits, position_ids, seen)
 

@@ -332,10 +332,11 @@ def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTen
     return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
 
 
-def check_inputs(stems: int, input_ids, inputs_embeds, past_key_values, output_attentions) -> None:
+def check_inputs(stems: int, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions) -> None:
     """
     Raises:
-        ValueError: both or neither kind of input; `inputs_embeds` for several stems; a foreign cache; attentions.
+        ValueError: both or neither kind of input; `inputs_embeds` for several stems; a mask that is none of padding; a
+            foreign cache; attentions.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -343,6 +344,11 @@ def check_inputs(stems: int, input_ids, inputs_embeds, past_key_values, output_a
         raise ValueError(
             f"inputs_embeds: this hybrid has {stems} stems with an embedding each; give input_ids, or discretize it "
             "first."
+        )
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        raise ValueError(
+            f"attention_mask: got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}, allowed is the "
+            "padding mask (batch, tokens seen so far): each component builds its own masks from it."
         )
     if output_attentions:
         raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
