@@ -26,6 +26,7 @@ REFUSED_FAMILIES = {
     "zamba": "its layers read the original embeddings and share weights across the depth",
     "rwkv": "its state is a list of tensors that transformers' caches cannot hold",
     "xlstm": "its state is a cache class of its own that transformers' caches cannot hold",
+    "minimax": "its state is a cache class of its own that transformers' caches cannot hold",
 }
 
 
@@ -190,7 +191,7 @@ class ManticoreConfig(PreTrainedConfig):
     def tied_components(self) -> list[int]:
         """Components whose head shares the matrix of their own stem."""
         ends = set(self.stem_components) & set(self.head_components)
-        return [k for k in sorted(ends) if self.components[k].tie_word_embeddings]
+        return [k for k in sorted(ends) if getattr(self.components[k], "tie_word_embeddings", False)]
 
     def depth(self, component: int) -> int:
         """Number of layers of a component."""

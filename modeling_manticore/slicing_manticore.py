@@ -92,8 +92,8 @@ class ComponentBlueprint:
         with torch.device("meta"):
             self.causal = causal_class(config)
         self.prefix = causal_class.base_model_prefix
-        base = getattr(self.causal, self.prefix)
-        if type(base) is not _model_class(MODEL_MAPPING, config):
+        base = getattr(self.causal, self.prefix, None)
+        if type(config) not in MODEL_MAPPING or type(base) is not _model_class(MODEL_MAPPING, config):
             raise ValueError(f"{config.model_type}: its causal language model is not built on its base model.")
         self.layers_name = find_layers(base, config)
         owner, leaf = owner_of(base, self.layers_name)
@@ -168,39 +168,55 @@ class ComponentBlueprint:
                 f"{self.config.model_type}: cannot be sliced, it has parameters outside its layers: {stray}."
             )
 
-    @torch.no_grad()
     def _find_arity(self) -> int:
         """
-        The guard: the view without layers must be the identity on `inputs_embeds`, also in training mode. Returns what
-        its layers return (0: a tensor, n: an n-tuple).
+        The guard: the view without layers must be the identity on `inputs_embeds`, also in training mode, and run its
+        final norm once. Returns what its layers return (0: a tensor, n: an n-tuple).
         """
+        problems = []
         with torch.random.fork_rng(devices=[]):
             hidden = torch.randn(2, 3, self.config.hidden_size, device="cpu", dtype=torch.float32)
-            problems = []
             for arity in (0, 1, 2, 3):
-                view = self._copy(getattr(self.causal, self.prefix))
-                self._fill(view, 0, 0, arity, stem=False, tail=False)
-                with torch.device("cpu"):
-                    view = view.to_empty(device="cpu").float()
-                    view.initialize_weights()
-                    positions = torch.arange(3, device="cpu").expand(2, 3)
-                    try:
-                        output = run_view(
-                            view.train(),
-                            inputs_embeds=hidden,
-                            attention_mask=torch.ones_like(positions),
-                            position_ids=positions,
-                        )
-                    except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
-                        problems.append(f"arity {arity}: {type(error).__name__}: {error}")
-                        continue
+                view = self._empty_view(arity, tail=False)
+                try:
+                    output, _ = _run_empty(view, self.layers_name, hidden)
+                except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
+                    problems.append(f"arity {arity}: {type(error).__name__}: {error}")
+                    continue
                 if isinstance(output, torch.Tensor) and output.shape == hidden.shape and torch.equal(output, hidden):
+                    norms = _run_empty(self._empty_view(arity, tail=True), self.layers_name, hidden)[1]
+                    if norms > 1:
+                        raise ValueError(
+                            f"{self.config.model_type}: cannot be sliced, its final norm runs {norms} times, also "
+                            "before its first layer."
+                        )
                     return arity
                 problems.append(f"arity {arity}: it changes its input")
         raise ValueError(
             f"{self.config.model_type}: cannot be sliced, its base model without layers is not the identity "
             f"({'; '.join(problems)[:400]})."
         )
+
+    def _empty_view(self, arity: int, tail: bool) -> PreTrainedModel:
+        view = self._copy(getattr(self.causal, self.prefix))
+        self._fill(view, 0, 0, arity, stem=False, tail=tail)
+        return view
+
+
+@torch.no_grad()
+def _run_empty(view: PreTrainedModel, layers_name: str, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(output of a view without layers in training mode, number of times that final norms ran)."""
+    calls = []
+    for name, module in owner_of(view, layers_name)[0]._modules.items():
+        if name in FINAL_NORMS and module is not None:
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.device("cpu"):
+        view = view.to_empty(device="cpu").float()
+        view.initialize_weights()
+        positions = torch.arange(3, device="cpu").expand(2, 3)
+        mask = torch.ones_like(positions)
+        output = run_view(view.train(), inputs_embeds=hidden, attention_mask=mask, position_ids=positions)
+    return output, len(calls)
 
 
 @functools.cache

@@ -1,8 +1,17 @@
 """Every family in every cell of its table, and the page that shows the table."""
 
+import re
+from pathlib import Path
+
 import pytest
 from family_checks import BOUND, CELLS, measure_family
 from tiny import FAMILIES
+from transformers import AutoModelForCausalLM, NanoChatConfig
+
+from modeling_manticore import ManticoreForCausalLM
+from modeling_manticore.cache_manticore import PADDING_LEAKS, STATE_ON_MODULES
+from modeling_manticore.configuration_manticore import REFUSED_FAMILIES
+from modeling_manticore.slicing_manticore import ONE_TOKEN_AT_A_TIME
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -10,3 +19,19 @@ def test_every_cell_is_within_the_bound(family):
     cells = measure_family(family)
     assert tuple(cells) == CELLS
     assert all(value <= BOUND for value in cells.values()), cells
+
+
+def test_the_page_shows_every_family_and_every_refusal():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \|", page, flags=re.MULTILINE)
+    assert set(rows) == {"family", *FAMILIES, *REFUSED_FAMILIES}
+    for table in (ONE_TOKEN_AT_A_TIME, STATE_ON_MODULES, PADDING_LEAKS):
+        assert all(family in page for family in table)
+
+
+def test_a_family_that_runs_its_final_norm_twice_is_refused():
+    config = NanoChatConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="nanochat: cannot be sliced, its final norm runs 2 times"):
+        ManticoreForCausalLM.from_components([AutoModelForCausalLM.from_config(config)], num_blocks=2)
