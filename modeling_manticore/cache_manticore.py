@@ -12,7 +12,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from .configuration_manticore import ManticoreConfig
 
@@ -221,6 +228,18 @@ def _inverse_softplus(value: float) -> float:
     if value == 0:
         return -float("inf")
     return value if value > 30 else math.log(math.expm1(value))
+
+
+def cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
+    """Key and value bytes that the full-attention layers of a slice add per token; windows and states are bounded."""
+    component = config.components[path["component"]]
+    layers = DynamicCache(config=component).layers[path["start"] : path["stop"]]
+    growing = sum(type(layer) is DynamicLayer for layer in layers)
+    if not growing:
+        return 0
+    heads = getattr(component, "num_key_value_heads", None) or component.num_attention_heads
+    width = getattr(component, "head_dim", None) or component.hidden_size // component.num_attention_heads
+    return growing * 2 * heads * width * itemsize
 
 
 __all__ = ["ManticoreCache"]

@@ -1,6 +1,8 @@
 """Configuration of a hybrid: which components it has, how they are cut into paths, and how the paths are joined."""
 
 import copy
+import os
+import re
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -94,6 +96,24 @@ class ManticoreConfig(PreTrainedConfig):
             self._validate_layout()
             self._derive()
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """A new vocabulary size is that of every component, once the layout is known."""
+        super().__setattr__(key, value)
+        if key == "vocab_size" and self.__dict__.get("num_hidden_layers"):
+            for component in self.components:
+                component.vocab_size = value
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The attention implementation asked for; setting it asks it of every component too."""
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, value)
+        for component in (self.components or ()) if value is not None else ():
+            component._attn_implementation = self._attn_implementation_internal
 
     # ------------------------------------------------------------------ validation
     def _validate_options(self) -> None:
@@ -326,6 +346,23 @@ def _as_list(value: Any, field: str) -> list:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def move_into(staging: str, target: str) -> None:
+    """Move a saved checkpoint into a folder: weights, then their index, then the configuration; stale shards go."""
+
+    def rank(name: str) -> int:
+        first = (".safetensors", ".index.json")
+        return next((r for r, suffix in enumerate(first) if name.endswith(suffix)), 2 + (name == "config.json"))
+
+    os.makedirs(target, exist_ok=True)
+    fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
+    for name in fresh:
+        os.replace(os.path.join(staging, name), os.path.join(target, name))
+    if any(rank(name) == 0 for name in fresh):
+        for name in os.listdir(target):
+            if name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name):
+                os.remove(os.path.join(target, name))
 
 
 __all__ = ["ManticoreConfig"]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from .cache_manticore import ManticoreCache
+from .cache_manticore import ManticoreCache, cache_bytes
 from .configuration_manticore import ManticoreConfig
 from .slicing_manticore import run_view
 
@@ -75,6 +75,17 @@ class Projector(nn.Module):
             _keep_float32(self, fn, "gate")
         return self
 
+    def initialise(self, kind: str) -> None:
+        """Starting values: a rectangular identity ("identity") or noise ("random"), no bias, half-open gate."""
+        if kind == "identity":
+            init.zeros_(self.weight)
+            init.copy_(self.weight, torch.eye(self.out_features, self.in_features))
+        else:
+            init.normal_(self.weight, mean=0.0, std=self.in_features**-0.5)
+        init.zeros_(self.bias)
+        if hasattr(self, "gate"):
+            init.zeros_(self.gate)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -115,11 +126,10 @@ class Mixture(nn.Module):
         value = weights if self.kind == "simplex" else self.temperature * weights.clamp_min(1e-30).log()
         self.parameter.copy_(value)
 
-    def uniform(self) -> torch.Tensor:
-        """The starting value of the parameter, shape (paths,), float32."""
-        if self.kind == "simplex":
-            return torch.full((self.paths,), 1.0 / self.paths)
-        return torch.zeros(self.paths)
+    def initialise(self) -> None:
+        """Starting values: uniform weights."""
+        value = 1.0 / self.paths if self.kind == "simplex" else 0.0
+        init.copy_(self.parameter, torch.full((self.paths,), value))
 
     def _apply(self, fn, recurse=True):
         _keep_float32(self, fn, self.parameter_name)
@@ -142,12 +152,14 @@ class End:
 class Boundary:
     """
     What one block hands to the next. `states[j]` is v_j, (batch, tokens, d_j), None where path j was skipped;
-    `projected[j]` its gated image in the stream, (batch, tokens, D), or None where no one needs it.
+    `projected[j]` its gated image in the stream, (batch, tokens, D), or None where no one needs it; `stream` is
+    their sum, once `stream_of` has been asked.
     """
 
     states: list
     projected: list
     weights: list
+    stream: torch.Tensor | None = None
 
     def keep(self, positions: int | torch.Tensor) -> "Boundary":
         """The last `positions` tokens only (0: all), or the tokens at the given indices."""
@@ -274,9 +286,12 @@ class Junction:
 
 
 def stream_of(boundary: Boundary) -> torch.Tensor:
-    """h = sum_j a_j projected_j, (batch, tokens, D)."""
-    terms = [a * x for a, x in zip(boundary.weights, boundary.projected) if x is not None]
-    return sum(terms[1:], terms[0])
+    """h = sum_j a_j projected_j, (batch, tokens, D); one tensor, for whoever reads it or goes on from it."""
+    if boundary.stream is None:
+        pairs = [(a, x) for a, x in zip(boundary.weights, boundary.projected) if x is not None]
+        terms = [x if isinstance(a, float) and a == 1.0 else a * x for a, x in pairs]
+        boundary.stream = sum(terms[1:], terms[0])
+    return boundary.stream
 
 
 def junctions(config: ManticoreConfig) -> list[Junction]:
@@ -415,7 +430,7 @@ def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:
         lines.append(f"  block {b}: {slices}{_joint(plan[b])}")
     lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + _joint(plan[-1]))
     lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
-    cached = sum(_cache_bytes(config, path, itemsize) for block in config.blocks for path in block)
+    cached = sum(cache_bytes(config, path, itemsize) for block in config.blocks for path in block)
     context = config.max_position_embeddings
     lines.append(f"  key-value cache {cached:,} bytes per token, context {context if context else 'unlimited'}")
     return "\n".join(lines)
@@ -426,18 +441,6 @@ def _joint(junction: Junction) -> str:
         source, target = junction.sources[0], junction.targets[0]
         return f"  (bridge {source.width} -> {target.width})" if junction.has_in[0] else "  (continues)"
     return f"  (gate {junction.gate}{', plain' if junction.fixed else ''})"
-
-
-def _cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
-    """Key and value bytes that the full-attention layers of a slice add per token; windows and states are bounded."""
-    component = config.components[path["component"]]
-    layers = DynamicCache(config=component).layers[path["start"] : path["stop"]]
-    growing = sum(type(layer) is DynamicLayer for layer in layers)
-    if not growing:
-        return 0
-    heads = getattr(component, "num_key_value_heads", None) or component.num_attention_heads
-    width = getattr(component, "head_dim", None) or component.hidden_size // component.num_attention_heads
-    return growing * 2 * heads * width * itemsize
 
 
 __all__ = ["Junction", "ManticoreBlock", "Mixture", "Projector"]

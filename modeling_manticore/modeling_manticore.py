@@ -1,7 +1,6 @@
 """The models: a trunk of blocks (`ManticoreModel`), and the heads that make it a language model or a classifier."""
 
 import os
-import re
 import tempfile
 
 import torch
@@ -13,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import ManticoreCache, check_order, is_recurrent
-from .configuration_manticore import AUTO_MAP, ManticoreConfig
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
@@ -29,6 +28,8 @@ from .mixing_manticore import (
 )
 from .slicing_manticore import (
     ComponentBlueprint,
+    attention_for,
+    boundaries_wanted,
     check_inputs,
     check_positions,
     collect_dtype_rules,
@@ -52,10 +53,9 @@ class ManticorePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ManticoreBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    # What a component lacks is refused or left out for that component.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_set_experts_implementation_cached_value = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -64,16 +64,9 @@ class ManticorePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Projector):
-            if self.config.projector_init == "identity":
-                init.zeros_(module.weight)
-                init.copy_(module.weight, torch.eye(module.out_features, module.in_features))
-            else:
-                init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
-            if hasattr(module, "gate"):
-                init.zeros_(module.gate)
+            module.initialise(self.config.projector_init)
         elif isinstance(module, Mixture):
-            init.copy_(module.parameter, module.uniform())
+            module.initialise()
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
@@ -91,6 +84,43 @@ class ManticorePreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of the first stem."""
         next(iter(self.trunk.stems.values())).set_input_embeddings(value)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the one vocabulary."""
+        return self.config.vocab_size
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, for every stem and every head. Returns the first stem's embedding."""
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        for stem in self.trunk.stems.values():
+            old = stem.get_input_embeddings()
+            new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+            stem.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+        size = self.get_input_embeddings().weight.shape[0]
+        for head in getattr(self, "heads", {}).values():
+            old = head.get_output_embeddings()
+            new = self._get_resized_lm_head(old, size, mean_resizing=mean_resizing)
+            head.set_output_embeddings(new.requires_grad_(old.weight.requires_grad))
+        self.config.vocab_size = size
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As in transformers, for every component with attention; families without "sdpa" stay eager under it."""
+        if isinstance(attn_implementation, dict):
+            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
+        chosen = self._check_and_adjust_attn_implementation(attn_implementation, False, allow_all_kernels)
+        views = [m for m in self.modules() if isinstance(m, PreTrainedModel) and m.config is not self.config]
+        wanted = [(view, attention_for(type(view), chosen)) for view in views]
+        for view, implementation in wanted:
+            view.get_correct_attn_implementation(implementation)
+        self.config._attn_implementation_internal = chosen
+        for view, implementation in wanted:
+            view.set_attn_implementation(implementation, allow_all_kernels)
 
     def mixture_weights(self) -> list[torch.Tensor]:
         """The mixture weights of every block: B float32 tensors on the simplex, shape (paths of the block,)."""
@@ -141,22 +171,7 @@ class ManticorePreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as staging:
             super().save_pretrained(staging, is_main_process=is_main_process, **kwargs)
             if is_main_process:
-                _move_into(staging, target)
-
-
-def _move_into(staging: str, target: str) -> None:
-    def rank(name: str) -> int:
-        first = (".safetensors", ".index.json")
-        return next((r for r, suffix in enumerate(first) if name.endswith(suffix)), 2 + (name == "config.json"))
-
-    os.makedirs(target, exist_ok=True)
-    fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
-    for name in fresh:
-        os.replace(os.path.join(staging, name), os.path.join(target, name))
-    if any(rank(name) == 0 for name in fresh):
-        for name in os.listdir(target):
-            if name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name):
-                os.remove(os.path.join(target, name))
+                move_into(staging, target)
 
 
 class ManticoreModel(ManticorePreTrainedModel):
@@ -191,7 +206,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         past_key_values: ManticoreCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         return_boundary: bool = False,
@@ -202,7 +217,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             input_ids: (batch, tokens). attention_mask: (batch, tokens seen so far), 1 for tokens and 0 for padding.
             position_ids: (batch, tokens); by default the number of unmasked tokens before each token.
             inputs_embeds: (batch, tokens, d_k) in place of `input_ids`, where the hybrid has one stem.
-            output_hidden_states: also return the B + 1 boundaries of the stream, each (batch, tokens, D).
+            output_hidden_states: also return the B + 1 boundaries of the stream, (batch, tokens, D); or given ones.
             output_router_logits: collect the routers of mixtures of experts; by default as each component has it.
             return_boundary: return what heads need in place of the stream.
 
@@ -226,30 +241,31 @@ class ManticoreModel(ManticorePreTrainedModel):
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
         check_positions(self.config, self._position_limits, position_ids, seen)
 
-        weights, routers = self._block_weights(), router_collectors(self.config, output_router_logits)
-        boundary = self.run_stems(
-            input_ids, inputs_embeds, attention_mask, position_ids, weights[0], output_hidden_states
-        )
-        streams = [stream_of(boundary)] if output_hidden_states else []
+        weights, wanted = self._block_weights(), boundaries_wanted(output_hidden_states, len(self.blocks) + 1)
+        routers = router_collectors(self.config, output_router_logits)
+        boundary = self.run_stems(input_ids, inputs_embeds, attention_mask, position_ids, weights[0], wanted[0])
+        streams = [self._stream(boundary) if wanted[0] else None]
         for b, block in enumerate(self.blocks):
-            last = b == len(self.blocks) - 1
-            need_stream = output_hidden_states or (last and not return_boundary)
+            need_stream = wanted[b + 1] or (b == len(self.blocks) - 1 and not return_boundary)
             boundary = block(boundary, weights[b], attention_mask, position_ids, past_key_values, need_stream, routers)
-            if output_hidden_states:
-                streams.append(stream_of(boundary))
+            streams.append(self._stream(boundary) if wanted[b + 1] else None)
         if past_key_values is not None:
             past_key_values.advance(given.shape[1])
         aux_loss, router_loss = router_losses(self.config, routers, attention_mask)
         return ManticoreModelOutput(
-            last_hidden_state=None if return_boundary else stream_of(boundary),
+            last_hidden_state=None if return_boundary else self._stream(boundary),
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(streams) or None,
+            hidden_states=tuple(streams) if any(wanted) else None,
             boundary=boundary if return_boundary else None,
             block_weights=weights if return_boundary else None,
             router_logits=tuple(logits for collected in routers.values() for logits in collected) or None,
             aux_loss=aux_loss,
             router_loss=router_loss,
         )
+
+    def _stream(self, boundary: Boundary) -> torch.Tensor:
+        """The stream in the model's dtype; some families end in float32 whatever theirs is."""
+        return stream_of(boundary).to(self.dtype)
 
     def run_stems(
         self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream
@@ -309,28 +325,6 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         """Replace the output matrix of the first head."""
         next(iter(self.heads.values())).set_output_embeddings(new_embeddings)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """As in transformers, for every stem and every head. Returns the first stem's embedding."""
-        if new_num_tokens is None and pad_to_multiple_of is None:
-            return self.get_input_embeddings()
-        for stem in self.model.stems.values():
-            old = stem.get_input_embeddings()
-            stem.set_input_embeddings(
-                self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
-            )
-        size = self.get_input_embeddings().weight.shape[0]
-        for head in self.heads.values():
-            head.set_output_embeddings(
-                self._get_resized_lm_head(head.get_output_embeddings(), size, mean_resizing=mean_resizing)
-            )
-        self.config.vocab_size = size
-        for component in self.config.components:
-            component.vocab_size = size
-        self.tie_weights()
-        return self.get_input_embeddings()
-
     @can_return_tuple
     def forward(
         self,
@@ -341,7 +335,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,

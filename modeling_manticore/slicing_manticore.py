@@ -12,6 +12,7 @@ import inspect
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from .cache_manticore import STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
@@ -78,17 +79,26 @@ class ComponentBlueprint:
 
     Args:
         config: the component's configuration (shared by all its views).
-        attn_implementation: explicitly requested attention implementation, or None for the family's default.
+        attn_implementation, experts_implementation: as requested of the hybrid, or None for the family's defaults.
 
     Raises:
         ValueError: the family has no list of layers, or its empty view is not the identity.
     """
 
-    def __init__(self, config: PreTrainedConfig, attn_implementation: str | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
+    ):
         self.config = config
         causal_class = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING, config)
         if attn_implementation not in (None, "sdpa"):
             config._attn_implementation = attn_implementation
+        if config._attn_implementation is not None:
+            config._attn_implementation = attention_for(causal_class, config._attn_implementation)
+        if config._experts_implementation is None and causal_class._can_set_experts_implementation():
+            config._experts_implementation = experts_implementation
         with torch.device("meta"):
             self.causal = causal_class(config)
         self.prefix = causal_class.base_model_prefix
@@ -289,6 +299,12 @@ def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache
     return torch.cat(steps, dim=1)
 
 
+def attention_for(model_class: type[PreTrainedModel], requested: str) -> str:
+    """What to ask of a family: "sdpa" only where it has it, as by default; nothing where there is no attention."""
+    kinds = (model_class._supports_sdpa, model_class._supports_flash_attn, model_class._supports_flex_attn)
+    return requested if kinds[0] or (any(kinds) and requested != "sdpa") else "eager"
+
+
 def position_limit(stem: PreTrainedModel) -> int | None:
     """Number of learned positions of a stem, None where the family has none."""
     has_learned = any(name.rpartition(".")[2] in LEARNED_POSITIONS for name, _ in stem.named_modules())
@@ -300,9 +316,9 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     if not config.blocks:
         raise ValueError("blocks: got an empty configuration; a hybrid needs components and blocks.")
     used = config.used_components
-    requested = config._attn_implementation
+    requested = config._attn_implementation, config._experts_implementation
     return [
-        ComponentBlueprint(component, requested) if k in used else None
+        ComponentBlueprint(component, *requested) if k in used else None
         for k, component in enumerate(config.components)
     ]
 
@@ -320,15 +336,17 @@ def materialise(*modules: nn.Module) -> None:
                     initialise_buffers(view)
 
 
+@torch.no_grad()
 def initialise_buffers(view: PreTrainedModel) -> None:
     """Compute the buffers of a view (rotary frequencies, multipliers) as its family does; parameters stay."""
-    modules, parameters = list(view.modules()), list(view.parameters())
+    parameters = list(view.parameters())
     for parameter in parameters:
         parameter._is_hf_initialized = True
-    view.initialize_weights()
-    for thing in (*modules, *parameters):
-        if hasattr(thing, "_is_hf_initialized"):
-            del thing._is_hf_initialized
+    with init.guard_torch_init_functions():
+        for module in view.modules():
+            view._init_weights(module)
+    for parameter in parameters:
+        del parameter._is_hf_initialized
 
 
 def collect_dtype_rules(model: PreTrainedModel, blueprints: list) -> None:
@@ -336,6 +354,17 @@ def collect_dtype_rules(model: PreTrainedModel, blueprints: list) -> None:
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         found = {rule for b in blueprints if b is not None for rule in getattr(b.causal, name) or ()}
         setattr(model, name, set(getattr(model, name) or ()) | found)
+
+
+def boundaries_wanted(output_hidden_states: bool | int | list[int], count: int) -> list[bool]:
+    """Which of the `count` boundaries `output_hidden_states` asks for: all, none, or some by (negative) index."""
+    if isinstance(output_hidden_states, bool):
+        return [output_hidden_states] * count
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+    if any(not -count <= index < count for index in indices):
+        raise ValueError(f"output_hidden_states: got {indices}, allowed are indices from {-count} to {count - 1}.")
+    chosen = {index % count for index in indices}
+    return [b in chosen for b in range(count)]
 
 
 def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:

@@ -226,6 +226,68 @@ def test_classifiers(tmp_path):
 
 
 @torch.no_grad()
+def test_hidden_states_by_index(model):
+    every = model(tokens(), output_hidden_states=True).hidden_states
+    some = model(tokens(), output_hidden_states=[0, -1]).hidden_states
+    assert [state is None for state in some] == [False, True, False]
+    assert torch.equal(some[0], every[0]) and torch.equal(some[2], every[2])
+    with pytest.raises(ValueError, match=r"output_hidden_states: got \[3\], allowed are indices from -3 to 2"):
+        model(tokens(), output_hidden_states=3)
+
+
+@torch.no_grad()
+def test_a_bfloat16_classifier_behind_a_float32_residual():
+    blocks = [[{"component": 0, "start": 0, "stop": 2}], [{"component": 1, "start": 1, "stop": 3}]]
+    config = ManticoreConfig(components=[FAMILIES["gpt_neox"](), FAMILIES["mamba"]()], blocks=blocks, pad_token_id=0)
+    for classifier in (ManticoreForSequenceClassification, ManticoreForTokenClassification):
+        out = classifier(config).bfloat16().eval()(tokens(), output_hidden_states=True)
+        assert {out.logits.dtype, *(state.dtype for state in out.hidden_states)} == {torch.bfloat16}
+
+
+def attention(config):
+    return [component._attn_implementation for component in config.components]
+
+
+@torch.no_grad()
+def test_attention_is_chosen_for_the_components_that_have_it():
+    model = supernet("gpt_neox", "mamba2")
+    assert attention(model.config) == ["sdpa", "eager"]
+    expected = model(tokens()).logits
+    model.set_attn_implementation("eager")
+    assert attention(model.config) == ["eager", "eager"]
+    torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-4, rtol=0)
+    model.set_attn_implementation({"": "sdpa"})
+    assert attention(model.config) == ["sdpa", "eager"]
+    with pytest.raises(ValueError, match="foo"):
+        model.set_attn_implementation("foo")
+    assert attention(model.config) == ["sdpa", "eager"]
+
+    for asked in ("eager", "flex_attention", "sdpa"):
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = asked
+        assert attention(ManticoreForCausalLM(config).config) == [asked, "eager"]
+
+
+def test_experts_are_computed_as_asked(tmp_path):
+    model = supernet("gpt_neox", "jamba")
+    model.set_experts_implementation("eager")
+    assert model.config.components[1]._experts_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    loaded = ManticoreForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm")
+    assert loaded.config.components[1]._experts_implementation == "batched_mm"
+
+
+def test_every_stem_of_a_trunk_is_resized():
+    trunk = supernet("gpt2", "mamba2").model
+    trunk.stems["1"].get_input_embeddings().requires_grad_(False)
+    trunk.resize_token_embeddings(VOCAB + 3)
+    embeddings = [stem.get_input_embeddings().weight for stem in trunk.stems.values()]
+    assert [(len(weight), weight.requires_grad) for weight in embeddings] == [(VOCAB + 3, True), (VOCAB + 3, False)]
+    assert trunk.vocab_size == VOCAB + 3
+    assert torch.isfinite(trunk(torch.tensor([[VOCAB + 2]])).last_hidden_state).all()
+
+
+@torch.no_grad()
 def test_a_classifier_on_a_language_model_keeps_its_trunk(model, tmp_path):
     model.save_pretrained(tmp_path)
     classifier, info = AutoModelForSequenceClassification.from_pretrained(
