@@ -215,7 +215,7 @@ def suite(name: str) -> type[unittest.TestCase]:
     try:
         common = load()
     except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
-        return unfetched(error)
+        return unfetched(name, error)
     tests = common.ModelTesterMixin
     make_config, classes = SUBJECTS[name]
     members = {"all_model_classes": classes, "subject": name}
@@ -248,14 +248,15 @@ def suite(name: str) -> type[unittest.TestCase]:
     return type("CommonSuite", (tests, common.GenerationTesterMixin, unittest.TestCase), members)
 
 
-def unfetched(error: Exception) -> type[unittest.TestCase]:
+def unfetched(name: str, error: Exception) -> type[unittest.TestCase]:
     """A test case that fails with the reason, so that the other test modules still run."""
+    reason = (getattr(error, "stderr", None) or str(error)).strip()
 
     def test_that_the_tests_of_transformers_can_be_fetched(self):
-        raise RuntimeError(f"The source distribution of transformers could not be fetched: {error}") from error
+        raise RuntimeError(f"The source distribution of transformers could not be fetched: {reason}") from error
 
     members = {test.__name__: test for test in [test_that_the_tests_of_transformers_can_be_fetched]}
-    return type("CommonSuite", (unittest.TestCase,), members)
+    return type("CommonSuite", (unittest.TestCase,), members | {"subject": name})
 
 
 def without_attentions(test: Callable, config: ManticoreConfig) -> Callable:
