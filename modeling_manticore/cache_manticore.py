@@ -1,5 +1,6 @@
 """
-Cache of a hybrid: a flat list of transformers' own cache layers, seen by each path through a view of its slice.
+What a forward pass is given: positions and masks, checked, and the cache of a hybrid, a flat list of transformers' own
+cache layers, seen by each path through a view of its slice.
 
 Some layers need help to be exact with a cache and with padding: those that keep states on their modules, let padding
 into a convolution, or limit their time steps in prefill but not in decoding.
@@ -117,6 +118,55 @@ class ManticoreCache(Cache):
         """Empty every layer and the token count."""
         super().reset()
         self.seen_tokens = 0
+
+
+def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:
+    """Positions (batch, tokens): as given, else counted from the mask, else consecutive."""
+    batch, tokens = given.shape[:2]
+    if position_ids is not None:
+        return position_ids.expand(batch, -1)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+    return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
+
+
+def check_inputs(stems: int, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions) -> None:
+    """
+    Raises:
+        ValueError: both or neither kind of input; `inputs_embeds` for several stems; a mask that is none of padding; a
+            foreign cache; attentions.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    if inputs_embeds is not None and stems > 1:
+        raise ValueError(
+            f"inputs_embeds: this hybrid has {stems} stems with an embedding each; give input_ids, or discretize it "
+            "first."
+        )
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        raise ValueError(
+            f"attention_mask: got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}, allowed is the "
+            "padding mask (batch, tokens seen so far): each component builds its own masks from it."
+        )
+    if output_attentions:
+        raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
+    if past_key_values is not None and not hasattr(past_key_values, "advance"):
+        raise ValueError(
+            f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
+        )
+
+
+def check_positions(config: ManticoreConfig, limits: dict[int, int | None], position_ids, seen: int) -> None:
+    """
+    Raises:
+        ValueError: a position is beyond the learned ones of a component (`limits`: component -> their number).
+    """
+    for k, limit in limits.items():
+        if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component "
+                f"{k} ({config.components[k].model_type}) has {limit} learned positions."
+            )
 
 
 def is_recurrent(config: ManticoreConfig) -> bool:

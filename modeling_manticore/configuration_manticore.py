@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 GATES = ("routed", "mixture", "none", "learned")
 MIXTURES = ("softmax", "gumbel_softmax", "simplex")
 HEAD_MIXTURES = ("last", "first")
 PROJECTOR_INITS = ("identity", "random")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 PATH_KEYS = ("component", "start", "stop")
 
 # Which class each Auto class of transformers finds in the code that travels with a checkpoint.
@@ -30,6 +32,9 @@ REFUSED_FAMILIES = {
     "xlstm": "its state is a cache class of its own that transformers' caches cannot hold",
     "minimax": "its state is a cache class of its own that transformers' caches cannot hold",
 }
+
+# Libraries look up here whether a model is causal; transformers shifts smoothed labels only for the names it finds.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["manticore"] = "ManticoreForCausalLM"
 
 
 class ManticoreConfig(PreTrainedConfig):
@@ -122,6 +127,7 @@ class ManticoreConfig(PreTrainedConfig):
             ("mixture", MIXTURES),
             ("head_mixture", HEAD_MIXTURES),
             ("projector_init", PROJECTOR_INITS),
+            ("problem_type", PROBLEM_TYPES),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(

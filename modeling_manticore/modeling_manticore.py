@@ -11,7 +11,14 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .cache_manticore import ManticoreCache, check_order, is_recurrent
+from .cache_manticore import (
+    ManticoreCache,
+    check_inputs,
+    check_order,
+    check_positions,
+    derive_positions,
+    is_recurrent,
+)
 from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
 from .mixing_manticore import (
     Boundary,
@@ -28,13 +35,11 @@ from .mixing_manticore import (
 )
 from .slicing_manticore import (
     ComponentBlueprint,
+    OutsideLoops,
     attention_for,
     boundaries_wanted,
-    check_inputs,
-    check_positions,
     collect_dtype_rules,
     component_blueprints,
-    derive_positions,
     materialise,
     position_limit,
     run_head,
@@ -45,7 +50,7 @@ from .slicing_manticore import (
 logger = logging.get_logger(__name__)
 
 
-class ManticorePreTrainedModel(PreTrainedModel):
+class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
     """Base of all hybrids: initialisation, saving, mixture weights, description."""
 
     config_class = ManticoreConfig

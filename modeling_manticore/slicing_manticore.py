@@ -323,6 +323,48 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     ]
 
 
+class OutsideLoops:
+    """What loops of other libraries do to a model and would silently get wrong for a hybrid."""
+
+    keep_forward = False  # True: a `forward` that would be refused is ignored; for callers that do without it
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch. Names on disk are understood too: some are those of a family's first release."""
+        own = self.state_dict()
+        if not state_dict.keys() <= own.keys():
+            dtype = functools.reduce(torch.promote_types, {t.dtype for t in own.values() if t.is_floating_point()})
+            loaded, info = type(self).from_pretrained(
+                None, config=self.config, state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
+            )
+            found = {n: tensor.to(own[n].dtype) for n, tensor in loaded.state_dict().items()}
+            unknown = {name: state_dict[name] for name in info["unexpected_keys"]}
+            state_dict = {n: found[n] for n in found if n not in info["missing_keys"]} | unknown
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __setattr__(self, name, value):
+        """Refuses a `forward` with an argument `fused_lm_head`: it makes the logits itself, see below."""
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            if self.keep_forward:
+                return
+            if not self.logits_are_one_product():
+                raise ValueError(
+                    "forward: got one with `fused_lm_head`, which takes the last hidden state times one head's matrix "
+                    "for the logits; those of this hybrid are more (several heads, a projector, a norm, a scale). "
+                    "Allowed are loops that call the model's own; in place of TRL's: modeling_manticore.search.sft."
+                )
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def logits_are_one_product(self) -> bool:
+        """Whether logits = last hidden state @ `get_output_embeddings().weight`.T + bias. Found out by trying."""
+        (head, *others), matrix = self.heads.values(), self.get_output_embeddings()
+        if others or len(self.head_projectors) or matrix.weight.shape[1] != self.config.hidden_size:
+            return False
+        state = torch.linspace(-50, 100, 4 * self.config.hidden_size).view(1, 4, -1).to(matrix.weight)
+        product = nn.functional.linear(state, matrix.weight, matrix.bias)
+        return torch.allclose(run_head(head, state), product, rtol=1e-3)
+
+
 def materialise(*modules: nn.Module) -> None:
     """Give views, which are built on meta, memory on the device that the model is being built on."""
     device = torch.get_default_device()
@@ -365,55 +407,6 @@ def boundaries_wanted(output_hidden_states: bool | int | list[int], count: int) 
         raise ValueError(f"output_hidden_states: got {indices}, allowed are indices from {-count} to {count - 1}.")
     chosen = {index % count for index in indices}
     return [b in chosen for b in range(count)]
-
-
-def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:
-    """Positions (batch, tokens): as given, else counted from the mask, else consecutive."""
-    batch, tokens = given.shape[:2]
-    if position_ids is not None:
-        return position_ids.expand(batch, -1)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
-    return torch.arange(seen, seen + tokens, device=given.device).expand(batch, -1)
-
-
-def check_inputs(stems: int, input_ids, inputs_embeds, attention_mask, past_key_values, output_attentions) -> None:
-    """
-    Raises:
-        ValueError: both or neither kind of input; `inputs_embeds` for several stems; a mask that is none of padding; a
-            foreign cache; attentions.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-    if inputs_embeds is not None and stems > 1:
-        raise ValueError(
-            f"inputs_embeds: this hybrid has {stems} stems with an embedding each; give input_ids, or discretize it "
-            "first."
-        )
-    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
-        raise ValueError(
-            f"attention_mask: got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}, allowed is the "
-            "padding mask (batch, tokens seen so far): each component builds its own masks from it."
-        )
-    if output_attentions:
-        raise ValueError("output_attentions: got True, allowed is False: paths attend differently or not at all.")
-    if past_key_values is not None and not hasattr(past_key_values, "advance"):
-        raise ValueError(
-            f"past_key_values: got {type(past_key_values).__name__}, allowed is a ManticoreCache or None."
-        )
-
-
-def check_positions(config: ManticoreConfig, limits: dict[int, int | None], position_ids, seen: int) -> None:
-    """
-    Raises:
-        ValueError: a position is beyond the learned ones of a component (`limits`: component -> their number).
-    """
-    for k, limit in limits.items():
-        if limit is not None and seen + position_ids.shape[-1] > limit and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"position_ids: got position {int(position_ids.max())}, allowed is at most {limit - 1}: component "
-                f"{k} ({config.components[k].model_type}) has {limit} learned positions."
-            )
 
 
 def _replace(modules: dict, names: tuple, factory: type) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..cache_manticore import derive_positions
 from ..mixing_manticore import Boundary, component_weights
-from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, derive_positions, find_layers, owner_of, run_view
+from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, find_layers, owner_of, run_view
 
 
 class ComponentStates:
