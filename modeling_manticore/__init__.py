@@ -41,7 +41,7 @@ for _auto, _model in (
     _auto.register(ManticoreConfig, _model, exist_ok=True)
     _model.register_for_auto_class(_auto.__name__)
 
-_LAZY = {"ManticoreTrainer": ".search", "ManticoreTrainingArguments": ".search"}
+_LAZY = {"ManticoreTrainer": ".search", "ManticoreTrainingArguments": ".search", "lora_config": ".search.adapters"}
 
 
 def __getattr__(name: str):
@@ -63,4 +63,5 @@ __all__ = [
     "ManticoreTrainingArguments",
     "calibrate",
     "discretize",
+    "lora_config",
 ]

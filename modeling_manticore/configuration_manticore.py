@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 GATES = ("routed", "mixture", "none", "learned")
@@ -28,6 +29,9 @@ REFUSED_FAMILIES = {
     "xlstm": "its state is a cache class of its own that transformers' caches cannot hold",
     "minimax": "its state is a cache class of its own that transformers' caches cannot hold",
 }
+
+# Libraries look up here whether a model is causal; transformers shifts smoothed labels only for the names it finds.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["manticore"] = "ManticoreForCausalLM"
 
 
 class ManticoreConfig(PreTrainedConfig):

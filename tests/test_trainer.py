@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import component, tokens
 from torch.nn import functional
@@ -17,6 +17,7 @@ from modeling_manticore import (
     ManticoreTrainer,
     ManticoreTrainingArguments,
     discretize,
+    lora_config,
 )
 
 
@@ -182,9 +183,7 @@ def test_the_saved_folder_is_a_hybrid_without_pickles(tmp_path):
 
 def peft_model(model):
     """Adapters on the linear layers of every slice; projectors and mixtures are trained whole."""
-    targets = r".*slice.*(query_key_value|dense|dense_h_to_4h|in_proj|out_proj)"
-    whole = ["in_projector", "out_projector", "mixture"]
-    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole, lora_dropout=0.0))
+    return get_peft_model(model, lora_config(model, r=2))
 
 
 def test_adapters_train_save_and_resume(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
 from transformers.utils.hub import hf_api
 
+from .adapters import check_adapters
 from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
 from .history import mixture_logs
@@ -70,8 +70,6 @@ class ManticoreTrainer(Trainer):
         if model is not None:
             self._check_model(model, args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        if self.label_smoother is not None and self.hybrid.can_generate():
-            self.label_smoother = ShiftedLabelSmoother(epsilon=args.label_smoothing_factor)
         if self.strategy is not None:
             self.add_callback(StrategyCallback(self))
 
@@ -82,6 +80,7 @@ class ManticoreTrainer(Trainer):
 
     def _check_model(self, model: nn.Module, args: ManticoreTrainingArguments) -> None:
         check_stage(model, args.stage, args.train_components)
+        check_adapters(model)
         if self.strategy is not None:
             self.strategy.check(unwrap(model))
 
@@ -245,13 +244,6 @@ class ManticoreTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.strategy is not None:
             self.strategy.load_state_dict(read_search_state(Path(checkpoint))["state"])
-
-
-class ShiftedLabelSmoother(LabelSmoother):
-    """Label smoothing for a causal model: the Trainer shifts labels only for classes that transformers ships."""
-
-    def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs) -> torch.Tensor:
-        return super().__call__(model_output, labels, shift_labels=True, **kwargs)
 
 
 def _is_complete(folder: Path) -> bool:
