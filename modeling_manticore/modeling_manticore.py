@@ -29,6 +29,7 @@ from .mixing_manticore import (
 )
 from .slicing_manticore import (
     ComponentBlueprint,
+    NamesOnDisk,
     check_inputs,
     check_positions,
     collect_dtype_rules,
@@ -44,7 +45,7 @@ from .slicing_manticore import (
 logger = logging.get_logger(__name__)
 
 
-class ManticorePreTrainedModel(PreTrainedModel):
+class ManticorePreTrainedModel(NamesOnDisk, PreTrainedModel):
     """Base of all hybrids: initialisation, saving, mixture weights, description."""
 
     config_class = ManticoreConfig

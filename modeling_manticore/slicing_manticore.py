@@ -307,6 +307,24 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     ]
 
 
+class NamesOnDisk:
+    """Understands the names that tensors have on disk, which for some families are those of their first release."""
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch, but what `from_pretrained` renames or joins is not lost: trainers read files with this."""
+        own = self.state_dict()
+        if not state_dict.keys() <= own.keys():
+            dtype = functools.reduce(torch.promote_types, {t.dtype for t in own.values() if t.is_floating_point()})
+            loaded, info = type(self).from_pretrained(
+                None, config=self.config, state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
+            )
+            found = {name: tensor.to(own[name].dtype) for name, tensor in loaded.state_dict().items()}
+            state_dict = {name: found[name] for name in found if name not in info["missing_keys"]} | {
+                name: state_dict[name] for name in info["unexpected_keys"]
+            }
+        return super().load_state_dict(state_dict, strict, assign)
+
+
 def materialise(*modules: nn.Module) -> None:
     """Give views, which are built on meta, memory on the device that the model is being built on."""
     device = torch.get_default_device()

@@ -180,12 +180,18 @@ class FirstIsBest(TrainerCallback):
         metrics["eval_loss"] = float(state.global_step)
 
 
-@pytest.mark.parametrize("families", [("llama", "mamba2"), ("gpt_neox", "mamba2")], ids="+".join)
-@pytest.mark.parametrize("safe_shards", [False, True], ids=["one_file", "shards"])
-def test_the_best_model_is_loaded_at_the_end(kind, families, safe_shards, tmp_path):
+LAYOUTS = {
+    "renamed": (("gpt_neox", "mamba2"), False),  # a head that has another name on disk
+    "renamed_in_shards": (("gpt_neox", "mamba2"), True),
+    "joined": (("jamba", "llama"), False),  # experts that are one tensor in memory and many on disk
+}
+
+
+@pytest.mark.parametrize("families, shards", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_best_model_is_loaded_at_the_end(kind, families, shards, tmp_path):
     first = FirstIsBest()
     model = supernet(*families)
-    if safe_shards:
+    if shards:
         saved = model.save_pretrained
         model.save_pretrained = lambda *args, **options: saved(*args, **({"max_shard_size": "30KB"} | options))
     trainer = make(
