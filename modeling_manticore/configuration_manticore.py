@@ -11,6 +11,7 @@ GATES = ("routed", "mixture", "none", "learned")
 MIXTURES = ("softmax", "gumbel_softmax", "simplex")
 HEAD_MIXTURES = ("last", "first")
 PROJECTOR_INITS = ("identity", "random")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 PATH_KEYS = ("component", "start", "stop")
 
 # Which class each Auto class of transformers finds in the code that travels with a checkpoint.
@@ -106,6 +107,7 @@ class ManticoreConfig(PreTrainedConfig):
             ("mixture", MIXTURES),
             ("head_mixture", HEAD_MIXTURES),
             ("projector_init", PROJECTOR_INITS),
+            ("problem_type", PROBLEM_TYPES),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
