@@ -41,7 +41,12 @@ for _auto, _model in (
     _auto.register(ManticoreConfig, _model, exist_ok=True)
     _model.register_for_auto_class(_auto.__name__)
 
-_LAZY = {"ManticoreTrainer": ".search", "ManticoreTrainingArguments": ".search", "lora_config": ".search.adapters"}
+_LAZY = {
+    "ManticoreSFTTrainer": ".search.sft",
+    "ManticoreTrainer": ".search",
+    "ManticoreTrainingArguments": ".search",
+    "lora_config": ".search.adapters",
+}
 
 
 def __getattr__(name: str):
@@ -59,6 +64,7 @@ __all__ = [
     "ManticoreForTokenClassification",
     "ManticoreModel",
     "ManticorePreTrainedModel",
+    "ManticoreSFTTrainer",
     "ManticoreTrainer",
     "ManticoreTrainingArguments",
     "calibrate",

@@ -29,7 +29,7 @@ from .mixing_manticore import (
 )
 from .slicing_manticore import (
     ComponentBlueprint,
-    NamesOnDisk,
+    OutsideLoops,
     check_inputs,
     check_positions,
     collect_dtype_rules,
@@ -45,7 +45,7 @@ from .slicing_manticore import (
 logger = logging.get_logger(__name__)
 
 
-class ManticorePreTrainedModel(NamesOnDisk, PreTrainedModel):
+class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
     """Base of all hybrids: initialisation, saving, mixture weights, description."""
 
     config_class = ManticoreConfig

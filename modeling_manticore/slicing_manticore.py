@@ -307,22 +307,46 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     ]
 
 
-class NamesOnDisk:
-    """Understands the names that tensors have on disk, which for some families are those of their first release."""
+class OutsideLoops:
+    """What loops of other libraries do to a model and would silently get wrong for a hybrid."""
+
+    keep_forward = False  # True: a `forward` that would be refused is ignored; for callers that do without it
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch, but what `from_pretrained` renames or joins is not lost: trainers read files with this."""
+        """As in torch. Names that tensors have on disk are understood too: some are those of a family's first release."""
         own = self.state_dict()
         if not state_dict.keys() <= own.keys():
             dtype = functools.reduce(torch.promote_types, {t.dtype for t in own.values() if t.is_floating_point()})
             loaded, info = type(self).from_pretrained(
                 None, config=self.config, state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
             )
-            found = {name: tensor.to(own[name].dtype) for name, tensor in loaded.state_dict().items()}
-            state_dict = {name: found[name] for name in found if name not in info["missing_keys"]} | {
-                name: state_dict[name] for name in info["unexpected_keys"]
-            }
+            found = {n: tensor.to(own[n].dtype) for n, tensor in loaded.state_dict().items()}
+            unknown = {name: state_dict[name] for name in info["unexpected_keys"]}
+            state_dict = {n: found[n] for n in found if n not in info["missing_keys"]} | unknown
         return super().load_state_dict(state_dict, strict, assign)
+
+    def __setattr__(self, name, value):
+        """Refuses a `forward` with an argument `fused_lm_head`: it makes the logits itself, see below."""
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            if self.keep_forward:
+                return
+            if not self.logits_are_one_product():
+                raise ValueError(
+                    "forward: got one with `fused_lm_head`, which takes the last hidden state times one head's matrix "
+                    "for the logits; those of this hybrid are more (several heads, a projector, a norm, a scale). "
+                    "Allowed are loops that call the model's own; in place of TRL's: modeling_manticore.search.sft."
+                )
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def logits_are_one_product(self) -> bool:
+        """Whether logits = last hidden state @ `get_output_embeddings().weight`.T + bias. Found out by trying."""
+        (head, *others), matrix = self.heads.values(), self.get_output_embeddings()
+        if others or len(self.head_projectors) or matrix.weight.shape[1] != self.config.hidden_size:
+            return False
+        state = torch.linspace(-50, 100, 4 * self.config.hidden_size).view(1, 4, -1).to(matrix.weight)
+        product = nn.functional.linear(state, matrix.weight, matrix.bias)
+        return torch.allclose(run_head(head, state), product, rtol=1e-3)
 
 
 def materialise(*modules: nn.Module) -> None:
