@@ -15,14 +15,7 @@ from _shared import quiet, write
 
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = {
-    "classification": "transformers",
-    "lm_eval": "lm-eval",
-    "peft": "peft",
-    "pipelines": "transformers",
-    "trainer": "transformers",
-    "trl": "trl",
-}
+LIBRARIES = {"lm_eval": "lm-eval", "peft": "peft", "trl": "trl"}  # by test file; the others are of transformers
 
 
 class Collector:
@@ -33,7 +26,7 @@ class Collector:
 
     def pytest_runtest_logreport(self, report) -> None:
         file, _, name = report.nodeid.partition("::")
-        library = LIBRARIES[Path(file).stem.removeprefix("test_ecosystem_")]
+        library = LIBRARIES.get(Path(file).stem.removeprefix("test_ecosystem_"), "transformers")
         row = self.rows.setdefault(
             report.nodeid,
             {"item": name, "library": f"{library} {version(library)}", "status": "passed", "seconds": 0.0},

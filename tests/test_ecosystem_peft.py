@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-import transformers as T
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCAB, component, tokens
+from tiny import FAMILIES, component, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_manticore import (
@@ -22,17 +21,35 @@ from modeling_manticore import (
 
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+MAMBA_IN_A_HYBRID = LLAMA | {"in_proj"}
 PROJECTIONS = {
     "gpt2": {"c_attn", "c_proj", "c_fc"},
     "gpt2_scaled_by_layer": {"c_attn", "c_proj", "c_fc"},
     "gpt_neo": {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"},
     "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "gptj": {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
     "opt_projected": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_out"},
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "falcon_alibi": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "llama": LLAMA,
+    "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "gemma2": LLAMA,
     "gemma3_text": LLAMA,
+    "olmo2": LLAMA,
+    "smollm3": LLAMA,
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "lfm2": {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
+    "jamba": LLAMA | {"in_proj", "x_proj", "out_proj"},
+    "bamba": MAMBA_IN_A_HYBRID,
+    "falcon_h1": MAMBA_IN_A_HYBRID,
+    "nemotron_h": MAMBA_IN_A_HYBRID - {"gate_proj"},
+    "granitemoehybrid": (LLAMA | {"in_proj", "input_linear", "output_linear"}) - {"gate_proj", "up_proj", "down_proj"},
+    "qwen3_next": (LLAMA | {"in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"}),
+    "recurrent_gemma": LLAMA | {"linear_x", "linear_y", "linear_out"},
     "mamba": {"in_proj"},
     "mamba2": {"in_proj"},
     "falcon_mamba": {"in_proj"},
@@ -44,24 +61,6 @@ def supernet(*families, **options):
     families = families or PAIRS[0]
     options = {"num_blocks": 2} | options
     return ManticoreForCausalLM.from_components([component(f, i) for i, f in enumerate(families)], **options)
-
-
-def jamba():
-    config = T.JambaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
-        mamba_d_state=8,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def rows(count=16, seed=3):
@@ -85,16 +84,14 @@ def test_adapters_go_on_every_projection_that_is_called(family):
     config = lora_config(model)
     assert leaves(config, 0) == PROJECTIONS[family] and leaves(config, 1) == LLAMA
     assert all(".slice." in name for name in config.target_modules)
-    if family != "opt_projected":
-        layers = model.config.components[0].num_hidden_layers
-        assert sum(".paths.0." in name for name in config.target_modules) % layers == 0
+    for layer in range(model.config.components[0].num_hidden_layers):  # every layer of both slices
+        assert any(f".{layer}." in name.partition(".paths.0.slice.")[2] for name in config.target_modules)
 
 
 def test_experts_are_left_out_and_said(monkeypatch):
     said = []
     monkeypatch.setattr("modeling_manticore.search.adapters.logger.warning", said.append)
-    config = lora_config(ManticoreForCausalLM.from_components([jamba(), component("llama")], num_blocks=2))
-    assert leaves(config, 0) == LLAMA | {"in_proj", "out_proj", "x_proj"}
+    lora_config(supernet("jamba", "llama"))
     assert len(said) == 1 and "4 expert matrices get no adapter" in said[0] and "experts.gate_up_proj" in said[0]
 
 

@@ -40,6 +40,7 @@ TASK_TYPES = {
     "ManticoreForTokenClassification": "TOKEN_CLS",
 }
 DESCRIPTIONS = ("dtype", "device", "shape")  # reading these of a weight does not bypass its module
+SWITCHES = ("slow_but_exact",)  # of an owner that reads weights only where this attribute of its is true (bloom)
 
 
 def lora_config(model: nn.Module, **overrides: Any) -> "LoraConfig":
@@ -97,7 +98,7 @@ def bypassed_modules(hybrid: nn.Module) -> dict[str, str]:
     found = {}
     for prefix, view in _slices(hybrid):
         for name, owner in view.named_modules(prefix=prefix):
-            for child in weights_read(type(owner)):
+            for child in _bypassed_by(owner):
                 if owner._modules.get(child) is not None:
                     found[f"{name}.{child}"] = type(owner).__name__
     return found
@@ -112,7 +113,7 @@ def check_adapters(model: nn.Module) -> None:
         f"{name}.{child}": type(owner).__name__
         for name, owner in model.named_modules()
         if any(_is_adapted(module) for module in owner.children())
-        for child in weights_read(type(owner))
+        for child in _bypassed_by(owner)
         if _is_adapted(owner._modules.get(child))
     }
     _refuse(list(found), found)
@@ -127,18 +128,24 @@ def weights_read(kind: type[nn.Module]) -> frozenset[str]:
             break
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and "init" not in n.name]
-        for node in [node for function in functions for node in ast.walk(function)]:
-            if isinstance(node, ast.Attribute) and node.attr in DESCRIPTIONS:
-                node.value = ast.Constant(None)
+        nodes = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        described = {id(node.value) for node in nodes if node.attr in DESCRIPTIONS}
+        for node in nodes:
+            owner = node.value.value if isinstance(node.value, ast.Attribute) else None
             if (
-                isinstance(node, ast.Attribute)
-                and node.attr == "weight"
-                and isinstance(node.value, ast.Attribute)
-                and isinstance(node.value.value, ast.Name)
-                and node.value.value.id == "self"
+                node.attr == "weight"
+                and isinstance(owner, ast.Name)
+                and owner.id == "self"
+                and id(node) not in described
             ):
                 found.add(node.value.attr)
     return frozenset(found)
+
+
+def _bypassed_by(owner: nn.Module) -> frozenset[str]:
+    if not all(getattr(owner, name, True) for name in SWITCHES):
+        return frozenset()
+    return weights_read(type(owner))
 
 
 def _slices(hybrid: nn.Module) -> list[tuple[str, nn.Module]]:
