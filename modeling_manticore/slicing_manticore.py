@@ -313,7 +313,7 @@ class OutsideLoops:
     keep_forward = False  # True: a `forward` that would be refused is ignored; for callers that do without it
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch. Names that tensors have on disk are understood too: some are those of a family's first release."""
+        """As in torch. Names on disk are understood too: some are those of a family's first release."""
         own = self.state_dict()
         if not state_dict.keys() <= own.keys():
             dtype = functools.reduce(torch.promote_types, {t.dtype for t in own.values() if t.is_floating_point()})

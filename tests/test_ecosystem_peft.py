@@ -29,7 +29,7 @@ PROJECTIONS = {
     "gpt_neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "gptj": {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
-    "opt_projected": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_out"},
+    "opt_projected": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "falcon_alibi": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
@@ -46,10 +46,10 @@ PROJECTIONS = {
     "jamba": LLAMA | {"in_proj", "x_proj", "out_proj"},
     "bamba": MAMBA_IN_A_HYBRID,
     "falcon_h1": MAMBA_IN_A_HYBRID,
-    "nemotron_h": MAMBA_IN_A_HYBRID - {"gate_proj"},
+    "nemotron_h": LLAMA - {"gate_proj"},  # in_proj is corrected: the configuration limits its time steps
     "granitemoehybrid": (LLAMA | {"in_proj", "input_linear", "output_linear"}) - {"gate_proj", "up_proj", "down_proj"},
     "qwen3_next": (LLAMA | {"in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"}),
-    "recurrent_gemma": LLAMA | {"linear_x", "linear_y", "linear_out"},
+    "recurrent_gemma": LLAMA | {"linear_y", "linear_out"},  # linear_x is corrected: padding would leak
     "mamba": {"in_proj"},
     "mamba2": {"in_proj"},
     "falcon_mamba": {"in_proj"},
@@ -84,6 +84,8 @@ def test_adapters_go_on_every_projection_that_is_called(family):
     config = lora_config(model)
     assert leaves(config, 0) == PROJECTIONS[family] and leaves(config, 1) == LLAMA
     assert all(".slice." in name for name in config.target_modules)
+    if family == "nemotron_h":
+        return
     for layer in range(model.config.components[0].num_hidden_layers):  # every layer of both slices
         assert any(f".{layer}." in name.partition(".paths.0.slice.")[2] for name in config.target_modules)
 
@@ -208,6 +210,18 @@ def test_modules_that_a_kernel_bypasses_are_refused(family, name, as_list):
     targets = ["in_proj", name] if as_list else f".*{name}"
     with pytest.raises(ValueError, match=f"target_modules: got '.*{name}' and 2 more; .*Mixer reads the weight"):
         lora_config(supernet("gpt_neox", family), target_modules=targets)
+
+
+CORRECTED = {"nemotron_h": "in_proj", "recurrent_gemma": "linear_x"}
+
+
+@pytest.mark.parametrize("family, name", CORRECTED.items(), ids=CORRECTED)
+def test_modules_that_a_hybrid_corrects_are_refused(family, name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}.*the hybrid corrects the output of this module"):
+        lora_config(supernet("gpt_neox", family), target_modules=[name])
+    adapted = get_peft_model(supernet("gpt_neox", family), LoraConfig(target_modules=[name]))
+    with pytest.raises(ValueError, match=f"{name}.*the hybrid corrects the output of this module"):
+        ManticoreTrainer(adapted, arguments(tmp_path / "run"), train_dataset=rows())
 
 
 def test_an_adapter_on_a_bypassed_module_does_nothing(tmp_path):

@@ -118,11 +118,12 @@ def test_compiled_training_is_training(kind, backend, tmp_path):
 
 
 def test_bfloat16_autocast(kind, tmp_path):
-    _, losses = trained(kind, tmp_path, max_steps=8, learning_rate=0.05)
-    weights, near = trained(kind, tmp_path, max_steps=8, learning_rate=0.05, bf16=True)
+    options = {"data": rows(4), "max_steps": 6, "learning_rate": 3e-3, "optim": "adamw_torch"}
+    _, losses = trained(kind, tmp_path, **options)
+    weights, near = trained(kind, tmp_path, bf16=True, **options)
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     assert near != losses and near == pytest.approx(losses, rel=0.05)
-    assert near[-1] < near[0]
+    assert near[-1] < 0.9 * near[0]
 
 
 def smoothed(model, batch, factor):

@@ -1,13 +1,15 @@
 """
 LoRA adapters (PEFT) on a hybrid: which modules they can be put on, and what is trained and saved beside them.
 
-Adapters go on the linear layers of the slices: attention, MLP and SSM projections, whatever a family calls them. Three
+Adapters go on the linear layers of the slices: attention, MLP and SSM projections, whatever a family calls them. Four
 kinds of weights stay without:
 
     bypassed  layers whose owner reads `self.NAME.weight` in place of calling `self.NAME`, because a fused kernel wants
               the matrix (out_proj, x_proj, dt_proj of the Mambas). An adapter wraps the call, so it would be trained
               for nothing, or work on one device and not on the other. Found in the source of the owner's class, so
               there is no list of families to keep.
+    corrected layers whose output a hook of the hybrid corrects (`correct_layer`): the correction would miss the
+              adapter's part
     experts   of mixtures of experts, one three-dimensional parameter per matrix; PEFT's `target_parameters` names them
     ends      stems and heads
 """
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+CORRECTIONS = "cache_manticore"  # the file whose hooks correct layers
 TASK_TYPES = {
     "ManticoreModel": "FEATURE_EXTRACTION",
     "ManticoreForCausalLM": "CAUSAL_LM",
@@ -76,9 +79,9 @@ def lora_config(model: nn.Module, **overrides: Any) -> "LoraConfig":
             f"target_modules: got {targets!r}, allowed are a list of names, a regular expression, 'all-linear' and "
             "None."
         )
-    bypassed = bypassed_modules(hybrid)
+    unreached = unreached_modules(hybrid)
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        targets = [name for name in _linear_layers(hybrid) if name not in bypassed]
+        targets = [name for name in _linear_layers(hybrid) if name not in unreached]
         _tell_of_experts(hybrid)
     options = {
         "task_type": TASK_TYPES.get(type(hybrid).__name__),
@@ -89,34 +92,50 @@ def lora_config(model: nn.Module, **overrides: Any) -> "LoraConfig":
     matched = [name for name, _ in hybrid.named_modules() if check_target_module_exists(config, name)]
     if not matched:
         raise ValueError(f"target_modules: got {targets!r}, which matches no module of this hybrid.")
-    _refuse([name for name in matched if name in bypassed], bypassed)
+    _refuse([name for name in matched if name in unreached], unreached)
     return config
 
 
-def bypassed_modules(hybrid: nn.Module) -> dict[str, str]:
-    """{module whose weight is read without calling it: class of the module that reads it}, in all slices."""
-    found = {}
-    for prefix, view in _slices(hybrid):
-        for name, owner in view.named_modules(prefix=prefix):
-            for child in _bypassed_by(owner):
-                if owner._modules.get(child) is not None:
-                    found[f"{name}.{child}"] = type(owner).__name__
-    return found
+def unreached_modules(hybrid: nn.Module) -> dict[str, str]:
+    """{module of a slice that an adapter does not reach, or not exactly: the reason}."""
+    return {
+        f"{name}.{child}": reason
+        for prefix, view in _slices(hybrid)
+        for name, owner in view.named_modules(prefix=prefix)
+        for child, reason in _unreached_children(owner).items()
+    }
 
 
 def check_adapters(model: nn.Module) -> None:
     """
     Raises:
-        ValueError: an adapter sits on a module that is not called; the message names it.
+        ValueError: an adapter sits where it is not reached; the message names the module.
     """
     found = {
-        f"{name}.{child}": type(owner).__name__
+        f"{name}.{child}": reason
         for name, owner in model.named_modules()
         if any(_is_adapted(module) for module in owner.children())
-        for child in _bypassed_by(owner)
-        if _is_adapted(owner._modules.get(child))
+        for child, reason in _unreached_children(owner).items()
+        if _is_adapted(owner._modules[child])
     }
     _refuse(list(found), found)
+
+
+def _unreached_children(owner: nn.Module) -> dict[str, str]:
+    found = {}
+    if all(getattr(owner, name, True) for name in SWITCHES):
+        reason = (
+            f"{type(owner).__name__} reads the weight of this module and does not always call it (fused kernels need "
+            "the matrix), so an adapter on it silently does nothing there"
+        )
+        found = {name: reason for name in weights_read(type(owner)) if owner._modules.get(name) is not None}
+    for name, child in owner.named_children():
+        hooks = getattr(child, "base_layer", child)._forward_hooks.values()
+        if any(getattr(hook, "func", hook).__module__.endswith(CORRECTIONS) for hook in hooks):
+            found[name] = (
+                "the hybrid corrects the output of this module, and the correction would miss an adapter's part"
+            )
+    return found
 
 
 @functools.cache
@@ -140,12 +159,6 @@ def weights_read(kind: type[nn.Module]) -> frozenset[str]:
             ):
                 found.add(node.value.attr)
     return frozenset(found)
-
-
-def _bypassed_by(owner: nn.Module) -> frozenset[str]:
-    if not all(getattr(owner, name, True) for name in SWITCHES):
-        return frozenset()
-    return weights_read(type(owner))
 
 
 def _slices(hybrid: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -181,11 +194,10 @@ def _is_adapted(module: nn.Module | None) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 
 
-def _refuse(names: list[str], owners: dict[str, str]) -> None:
+def _refuse(names: list[str], reasons: dict[str, str]) -> None:
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ValueError(
-            f"target_modules: got {names[0]!r}{others}; {owners[names[0]]} reads the weight of this module and does "
-            "not always call it (fused kernels need the matrix), so an adapter on it silently does nothing there. "
-            "Allowed are modules that are called: leave target_modules out of `lora_config(model)` to get them all."
+            f"target_modules: got {names[0]!r}{others}; {reasons[names[0]]}. Allowed are the other linear layers: "
+            "leave target_modules out of `lora_config(model)` to get them all."
         )
