@@ -333,26 +333,21 @@ class OutsideLoops:
         own = self.state_dict()
         if not state_dict.keys() <= own.keys():
             dtype = functools.reduce(torch.promote_types, {t.dtype for t in own.values() if t.is_floating_point()})
-            loaded, info = type(self).from_pretrained(
-                None, config=self.config, state_dict=dict(state_dict), dtype=dtype, output_loading_info=True
-            )
-            found = {n: tensor.to(own[n].dtype) for n, tensor in loaded.state_dict().items()}
-            unknown = {name: state_dict[name] for name in info["unexpected_keys"]}
-            state_dict = {n: found[n] for n in found if n not in info["missing_keys"]} | unknown
+            options = {"state_dict": dict(state_dict), "dtype": dtype, "output_loading_info": True}
+            loaded, info = type(self).from_pretrained(None, config=self.config, **options)
+            found = {n: t.to(own[n].dtype) for n, t in loaded.state_dict().items() if n not in info["missing_keys"]}
+            state_dict = found | {name: state_dict[name] for name in info["unexpected_keys"]}
         return super().load_state_dict(state_dict, strict, assign)
 
     def __setattr__(self, name, value):
-        """Refuses a `forward` with an argument `fused_lm_head`: it makes the logits itself, see below."""
-        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
-            if self.keep_forward:
-                return
-            if not self.logits_are_one_product():
-                raise ValueError(
-                    "forward: got one with `fused_lm_head`, which takes the last hidden state times one head's matrix "
-                    "for the logits; those of this hybrid are more (several heads, a projector, a norm, a scale). "
-                    "Allowed are loops that call the model's own; in place of TRL's: modeling_manticore.search.sft."
-                )
-        super().__setattr__(name, value)
+        fused = name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ())
+        if fused and not self.keep_forward and not self.logits_are_one_product():
+            raise ValueError(
+                "forward: got one with `fused_lm_head`: logits as last hidden state times a matrix; this hybrid's are "
+                "more. Allowed is the model's own forward; in place of TRL's loop: modeling_manticore.search.sft."
+            )
+        if not (fused and self.keep_forward):
+            super().__setattr__(name, value)
 
     @torch.no_grad()
     def logits_are_one_product(self) -> bool:
