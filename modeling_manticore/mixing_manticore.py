@@ -1,6 +1,7 @@
 """Projectors, mixture weights, and the junctions at which the paths of one block hand over to those of the next."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class Projector(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
         if learned_gate:
-            self.gate = nn.Parameter(torch.empty((), dtype=torch.float32))
+            self.gate = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor, bias_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
         """`weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features), in the dtype of the weight.
@@ -64,8 +65,8 @@ class Projector(nn.Module):
         return nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
 
     def strength(self) -> torch.Tensor:
-        """The learned g in (0, 1), float32."""
-        return torch.sigmoid(self.gate)
+        """The learned g in (0, 1), a float32 scalar. (The parameter is a vector because FSDP takes no scalars.)"""
+        return torch.sigmoid(self.gate)[0]
 
     def _apply(self, fn, recurse=True):
         gate = self._parameters.pop("gate", None)
@@ -117,7 +118,7 @@ class Mixture(nn.Module):
 
     def weights_without_noise(self) -> torch.Tensor:
         """The point of the simplex itself, shape (paths,), float32."""
-        return self.weights if self.kind == "simplex" else torch.softmax(self.logits / self.temperature, dim=0)
+        return self.weights.clone() if self.kind == "simplex" else torch.softmax(self.logits / self.temperature, dim=0)
 
     @torch.no_grad()
     def set(self, weights: torch.Tensor) -> None:
@@ -148,12 +149,11 @@ class End:
     position: tuple
 
 
-@dataclass
-class Boundary:
+class Boundary(NamedTuple):
     """
     What one block hands to the next. `states[j]` is v_j, (batch, tokens, d_j), None where path j was skipped;
     `projected[j]` its gated image in the stream, (batch, tokens, D), or None where no one needs it; `stream` is
-    their sum, once `stream_of` has been asked.
+    their sum where it is asked for. A tuple, so that hooks around a block (FSDP, device maps) find the tensors in it.
     """
 
     states: list
@@ -230,7 +230,7 @@ class Junction:
                 None if state is None or not wanted else self._image(state, weight, projector)
                 for state, weight, projector, wanted in zip(states, weights, projectors, used)
             ]
-        return Boundary(states, projected, weights)
+        return Boundary(states, projected, weights, weighted_sum(weights, projected) if need_stream else None)
 
     def _image(self, state, weight, projector):
         padded = pad(state, self.width)
@@ -241,11 +241,12 @@ class Junction:
         gate = projector.strength() if self.gate == "learned" else weight
         return (1 - gate) * projector(state) + gate * padded.to(projector.weight.dtype)
 
-    def receive(self, boundary: Boundary, projectors: list, gates: list, wanted: list[bool]) -> list:
-        """Target side: u_k for every wanted target, (batch, tokens, d_k)."""
+    def receive(self, boundary: Boundary, projectors: list, gates: list, training: bool) -> list:
+        """Target side: u_k for every target, (batch, tokens, d_k), None for those that do not run."""
         if self.single:
             state = boundary.states[0]
             return [projectors[0](state) if projectors[0] is not None else state]
+        wanted = targets_that_run(gates, training)
         if self.gate == "routed":
             return [
                 self._routed(boundary, self.direct[t], self.targets[t].width, projectors[t]) if wanted[t] else None
@@ -287,11 +288,24 @@ class Junction:
 
 def stream_of(boundary: Boundary) -> torch.Tensor:
     """h = sum_j a_j projected_j, (batch, tokens, D); one tensor, for whoever reads it or goes on from it."""
-    if boundary.stream is None:
-        pairs = [(a, x) for a, x in zip(boundary.weights, boundary.projected) if x is not None]
-        terms = [x if isinstance(a, float) and a == 1.0 else a * x for a, x in pairs]
-        boundary.stream = sum(terms[1:], terms[0])
-    return boundary.stream
+    return weighted_sum(boundary.weights, boundary.projected) if boundary.stream is None else boundary.stream
+
+
+def weighted_sum(weights: list, values: list) -> torch.Tensor:
+    """sum_j a_j x_j of the x_j that are there, on the device of the last: a device map may have parted them."""
+    if len(values) == 1:
+        return values[0]
+    terms = [(a, x) for a, x in zip(weights, values) if x is not None]
+    place = terms[-1][1].device
+    terms = [a.to(place) * x.to(place) for a, x in terms]
+    return sum(terms[1:], terms[0])
+
+
+def targets_that_run(weights: list, training: bool) -> list[bool]:
+    """In evaluation not those of weight exactly 0; in a compiled graph, which cannot depend on the weights, all."""
+    if training or torch.compiler.is_compiling():
+        return [True] * len(weights)
+    return [not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
 
 
 def junctions(config: ManticoreConfig) -> list[Junction]:
@@ -370,8 +384,7 @@ class ManticoreBlock(nn.Module):
         Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation. `routers`
         collects the router logits of the components that are its keys.
         """
-        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in weights]
-        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, wanted)
+        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, self.training)
         states = []
         for p, path in enumerate(self.paths):
             if inputs[p] is None:

@@ -195,6 +195,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.blocks = nn.ModuleList(
             ManticoreBlock(config, b, plan[b], plan[b + 1], blueprints) for b in range(len(config.blocks))
         )
+        self._no_split_modules = ["ManticoreBlock"] + ["Mixture"] * (not config.is_discretized)  # FSDP reads this
         self._position_limits = {k: position_limit(self.stems[str(k)]) for k in config.stem_components}
         self.is_recurrent = is_recurrent(config)
         self.gradient_checkpointing = False
@@ -384,9 +385,8 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
     def _logits(self, boundary: Boundary, block_weights: list) -> torch.Tensor:
         weights = component_weights(self.config, self.config.head_block, block_weights)
         gates = list(weights.values())
-        wanted = [self.training or not isinstance(a, torch.Tensor) or bool(a != 0) for a in gates]
         projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
-        inputs = self.junction.receive(boundary, projectors, gates, wanted)
+        inputs = self.junction.receive(boundary, projectors, gates, self.training)
         terms = [
             (weight, run_head(self.heads[str(k)], state))
             for (k, weight), state in zip(weights.items(), inputs)

@@ -6,7 +6,6 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 """
 
 import copy
-import functools
 import inspect
 
 import torch
@@ -105,6 +104,7 @@ class ComponentBlueprint:
         base = getattr(self.causal, self.prefix, None)
         if type(config) not in MODEL_MAPPING or type(base) is not _model_class(MODEL_MAPPING, config):
             raise ValueError(f"{config.model_type}: its causal language model is not built on its base model.")
+        _parameters(type(base))  # before any torch.compile, which would see the table change
         self.layers_name = find_layers(base, config)
         owner, leaf = owner_of(base, self.layers_name)
         self.layers = owner._modules[leaf]
@@ -229,9 +229,13 @@ def _run_empty(view: PreTrainedModel, layers_name: str, hidden: torch.Tensor) ->
     return output, len(calls)
 
 
-@functools.cache
+_ACCEPTED: dict[type, frozenset] = {}
+
+
 def _parameters(model_class: type) -> frozenset:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    if model_class not in _ACCEPTED:
+        _ACCEPTED[model_class] = frozenset(inspect.signature(model_class.forward).parameters)
+    return _ACCEPTED[model_class]
 
 
 def run_view(
