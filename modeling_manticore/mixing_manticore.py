@@ -123,9 +123,13 @@ class Mixture(nn.Module):
     @torch.no_grad()
     def set(self, weights: torch.Tensor) -> None:
         """Move to a point of the simplex. Logits become temperature * log(max(a, 1e-30)): finite, never frozen."""
-        weights = weights.to(self.parameter)
+        parameter = self.parameter
         value = weights if self.kind == "simplex" else self.temperature * weights.clamp_min(1e-30).log()
-        self.parameter.copy_(value)
+        value = value.to(device=parameter.device, dtype=parameter.dtype)
+        if hasattr(parameter, "full_tensor"):
+            value = type(parameter.data).from_local(value, parameter.device_mesh, run_check=False)
+            value = value.redistribute(placements=parameter.placements)
+        parameter.copy_(value)
 
     def initialise(self) -> None:
         """Starting values: uniform weights."""
@@ -365,10 +369,14 @@ class ManticoreBlock(nn.Module):
         self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
 
     def mixture_weights(self) -> torch.Tensor:
-        """The block's point of the simplex, shape (paths,), float32; [1.] for a block of one path."""
+        """
+        The block's point of the simplex, shape (paths,), float32; [1.] for a block of one path. Where the model is
+        sharded every process must ask, since the point is gathered.
+        """
         if self.mixture is None:
             return torch.ones(1)
-        return self.mixture.weights_without_noise()
+        point = self.mixture.weights_without_noise()
+        return point.full_tensor() if hasattr(point, "full_tensor") else point
 
     def forward(
         self,
