@@ -54,15 +54,28 @@ class Projector(nn.Module):
         if learned_gate:
             self.gate = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor, bias_scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """`weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features), in the dtype of the weight.
+    def forward(
+        self,
+        x: torch.Tensor,
+        bias_scale: float | torch.Tensor = 1.0,
+        beside: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        y = `weight @ x + bias_scale * bias`, (..., in_features) -> (..., out_features), in the dtype of the weight.
+        With `beside`, (1 - g) y + g beside; g is `gate`, or learned where that is None.
 
         Some families (mamba2) carry their residual in float32 between layers of a bfloat16 model.
         """
         x = x.to(self.weight.dtype)
         if isinstance(bias_scale, float) and bias_scale == 1.0:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
+            y = nn.functional.linear(x, self.weight, self.bias)
+        else:
+            y = nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
+        if beside is None:
+            return y
+        gate = self.strength() if gate is None else gate
+        return (1 - gate) * y + gate * beside.to(y.dtype)
 
     def strength(self) -> torch.Tensor:
         """The learned g in (0, 1), a float32 scalar. (The parameter is a vector because FSDP takes no scalars.)"""
@@ -242,8 +255,7 @@ class Junction:
             return padded
         if self.gate in ("routed", "none"):
             return projector(state)
-        gate = projector.strength() if self.gate == "learned" else weight
-        return (1 - gate) * projector(state) + gate * padded.to(projector.weight.dtype)
+        return projector(state, beside=padded, gate=None if self.gate == "learned" else weight)
 
     def receive(self, boundary: Boundary, projectors: list, gates: list, training: bool) -> list:
         """Target side: u_k for every target, (batch, tokens, d_k), None for those that do not run."""
@@ -277,7 +289,7 @@ class Junction:
                 others = term if others is None else others + term
         if others is not None:
             routed = cut(others, width) if projector is None else projector(others, 1.0 - own_weight)
-            total = routed if total is None else total + routed
+            total = routed if total is None else total.to(routed.device) + routed
         return total
 
     def _gated(self, stream, width, projector, gate):
@@ -286,8 +298,7 @@ class Junction:
             return cut(stream, width)
         if self.gate == "none" or len(self.targets) == 1:
             return projector(stream)
-        gate = projector.strength() if self.gate == "learned" else gate
-        return (1 - gate) * projector(stream) + gate * cut(stream, width).to(projector.weight.dtype)
+        return projector(stream, beside=cut(stream, width), gate=None if self.gate == "learned" else gate)
 
 
 def stream_of(boundary: Boundary) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .mixing_manticore import (
     router_collectors,
     router_losses,
     stream_of,
+    weighted_sum,
 )
 from .slicing_manticore import (
     ComponentBlueprint,
@@ -171,6 +172,8 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", name)
         self.config.auto_map = dict(AUTO_MAP)
+        if type(self).__module__.startswith("torch."):  # FSDP's subclass: transformers would save its code and name
+            type(self).__module__, type(self).__name__ = __name__, type(self).__name__.removeprefix("FSDP")
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = dict(sorted((self.state_dict() if state is None else state).items()))
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as staging:
@@ -387,14 +390,10 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         gates = list(weights.values())
         projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
         inputs = self.junction.receive(boundary, projectors, gates, self.training)
-        terms = [
-            (weight, run_head(self.heads[str(k)], state))
-            for (k, weight), state in zip(weights.items(), inputs)
-            if state is not None
+        logits = [
+            None if state is None else run_head(self.heads[str(k)], state) for k, state in zip(weights, inputs)
         ]
-        if len(gates) == 1:
-            return terms[0][1]
-        return sum((weight * logits for weight, logits in terms[1:]), terms[0][0] * terms[0][1])
+        return weighted_sum(gates, logits)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -19,7 +19,7 @@ ROWS = [{"input_ids": row, "labels": row} for row in tokens(24, 10, seed=3)]
 
 
 def take_cpu_processes_for_devices() -> None:
-    """accelerate 1.15 shards processes of accelerators only, and makes CPU processes DDP whatever its FSDP settings."""
+    """accelerate 1.15 shards processes on accelerators only; those on CPU are DDP whatever its FSDP settings say."""
     plain = PartialState.__init__
 
     def init(self, cpu: bool = False, **kwargs) -> None:
@@ -44,10 +44,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer = (Trainer if stock else ManticoreTrainer)(model=model, args=arguments, train_dataset=ROWS)
     trainer.train(resume_from_checkpoint="--resume" in rest or None)
+    wrapped = type(trainer.model_wrapped).__name__
     trainer.save_model()
     with torch.no_grad():
         logits = trainer.model.eval()(input_ids=tokens()).logits
-    wrapped = type(trainer.model_wrapped).__name__
     if trainer.is_world_process_zero():
         torch.save({"logits": logits, "log": trainer.state.log_history, "wrapped": wrapped}, f"{output}/seen.pt")
 
