@@ -16,7 +16,6 @@ from torch import nn
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
@@ -32,6 +31,13 @@ STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal
 PADDING_LEAKS = {"recurrent_gemma": ("temporal_block", "linear_x")}
 
 
+class Placeholder:
+    """Stands in a slice's cache for a layer that is not in the slice. (The one of transformers is new in 5.21.)"""
+
+    supports_early_init, is_initialized, is_compileable, is_croppable = False, True, True, True
+    keys = values = None
+
+
 class SliceCache(Cache):
     """
     The cache as one path's slice sees it: as many layers as the uncut component has, the real ones in [start, stop),
@@ -39,7 +45,7 @@ class SliceCache(Cache):
     """
 
     def __init__(self, parent: "ManticoreCache", layers: list, start: int, depth: int):
-        placeholders = [DummyLayer() for _ in range(depth)]
+        placeholders = [Placeholder() for _ in range(depth)]
         super().__init__(layers=placeholders[:start] + layers + placeholders[start + len(layers) :])
         self.parent = parent
         self.ahead = 0  # tokens of the current forward pass that this slice has already been fed, one at a time

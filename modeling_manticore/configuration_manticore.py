@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -32,6 +32,8 @@ REFUSED_FAMILIES = {
     "xlstm": "its state is a cache class of its own that transformers' caches cannot hold",
     "minimax": "its state is a cache class of its own that transformers' caches cannot hold",
 }
+if tuple(int(part) for part in __version__.split(".")[:2]) < (5, 23):
+    REFUSED_FAMILIES["recurrent_gemma"] = "its cache holds no recurrent states before transformers 5.23"
 
 # Libraries look up here whether a model is causal; transformers shifts smoothed labels only for the names it finds.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["manticore"] = "ManticoreForCausalLM"

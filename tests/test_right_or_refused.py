@@ -32,6 +32,8 @@ RECURRENT = {
     "discrete recurrent_gemma-gpt_neo": lambda: discretize(supernet("recurrent_gemma", "gpt_neo"), [0, 1]),
     "discrete llama-falcon_mamba": lambda: discretize(supernet("llama", "falcon_mamba"), [0, 1]),
 }
+if "recurrent_gemma" not in FAMILIES:  # an older transformers
+    del RECURRENT["discrete recurrent_gemma-gpt_neo"]
 HYBRIDS = CROPPABLE | RECURRENT
 
 

@@ -3,6 +3,8 @@
 import torch
 import transformers as T
 
+from modeling_manticore.configuration_manticore import REFUSED_FAMILIES
+
 
 VOCAB = 64
 
@@ -186,6 +188,7 @@ FAMILIES = {
     ),
     "falcon_mamba": lambda d=16: T.FalconMambaConfig(**_state(d)),
 }
+FAMILIES = {name: config for name, config in FAMILIES.items() if name not in REFUSED_FAMILIES}
 
 
 def component(family: str, seed: int = 0, width: int | None = None, **changes) -> T.PreTrainedModel:
