@@ -1,6 +1,6 @@
 """
-What a forward pass is given: positions and masks, checked, and the cache of a hybrid, a flat list of transformers' own
-cache layers, seen by each path through a view of its slice.
+What travels with a forward pass: positions and masks, checked; router logits; and the cache of a hybrid, a flat list
+of transformers' own cache layers, seen by each path through a view of its slice.
 
 Some layers need help to be exact with a cache and with padding: those that keep states on their modules, let padding
 into a convolution, or limit their time steps in prefill but not in decoding.
@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .configuration_manticore import ManticoreConfig
 
@@ -296,6 +297,34 @@ def cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
     heads = getattr(component, "num_key_value_heads", None) or component.num_attention_heads
     width = getattr(component, "head_dim", None) or component.hidden_size // component.num_attention_heads
     return growing * 2 * heads * width * itemsize
+
+
+def router_collectors(config: ManticoreConfig, wanted: bool | None) -> dict[int, list]:
+    """An empty list for every component whose routers are to be balanced; `wanted` None: as its configuration says."""
+    return {
+        k: []
+        for k in config.used_components
+        if getattr(config.components[k], "router_aux_loss_coef", None) is not None
+        and (config.components[k].output_router_logits if wanted is None else wanted)
+    }
+
+
+def router_losses(config: ManticoreConfig, routers: dict[int, list], attention_mask: torch.Tensor | None) -> tuple:
+    """
+    (sum of the components' load-balancing losses, the same sum with each component's coefficient), scalars; a
+    component's loss is that of the uncut model over the layers it has here. (None, None) without routers.
+    """
+    losses, coefficients = [], []
+    for k, logits in routers.items():
+        component = config.components[k]
+        experts = getattr(component, "num_experts", None) or component.num_local_experts
+        if logits:
+            mask = None if attention_mask is None else attention_mask[:, -logits[0].shape[0] // len(attention_mask) :]
+            losses.append(load_balancing_loss_func(tuple(logits), experts, component.num_experts_per_tok, mask))
+            coefficients.append(component.router_aux_loss_coef)
+    if not losses:
+        return None, None
+    return sum(losses), sum(c * loss for c, loss in zip(coefficients, losses))
 
 
 __all__ = ["ManticoreCache"]

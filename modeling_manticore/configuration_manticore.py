@@ -285,6 +285,15 @@ class ManticoreConfig(PreTrainedConfig):
         return output
 
 
+def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
+    """Weight of every component with a path in a block: the sum over its paths there (the weights of stems, heads)."""
+    totals = {}
+    for path, weight in zip(config.blocks[block], weights):
+        k = path["component"]
+        totals[k] = totals[k] + weight if k in totals else weight
+    return {k: totals[k] for k in sorted(totals)}
+
+
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
     entry = component.to_diff_dict()
     for key in ("transformers_version", "auto_map", "dtype"):

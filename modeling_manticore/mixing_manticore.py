@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .cache_manticore import ManticoreCache, cache_bytes
 from .configuration_manticore import ManticoreConfig
@@ -343,15 +342,6 @@ def junctions(config: ManticoreConfig) -> list[Junction]:
     return [Junction(sources[i], targets[i], config, i in (0, last)) for i in range(len(sources))]
 
 
-def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
-    """Weight of every component with a path in a block: the sum over its paths there (the weights of stems, heads)."""
-    totals = {}
-    for path, weight in zip(config.blocks[block], weights):
-        k = path["component"]
-        totals[k] = totals[k] + weight if k in totals else weight
-    return {k: totals[k] for k in sorted(totals)}
-
-
 class ManticorePath(nn.Module):
     """One slice with its in-projector and out-projector, where the junctions on its two sides need them."""
 
@@ -421,34 +411,6 @@ class ManticoreBlock(nn.Module):
                 )
             )
         return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
-
-
-def router_collectors(config: ManticoreConfig, wanted: bool | None) -> dict[int, list]:
-    """An empty list for every component whose routers are to be balanced; `wanted` None: as its configuration says."""
-    return {
-        k: []
-        for k in config.used_components
-        if getattr(config.components[k], "router_aux_loss_coef", None) is not None
-        and (config.components[k].output_router_logits if wanted is None else wanted)
-    }
-
-
-def router_losses(config: ManticoreConfig, routers: dict[int, list], attention_mask: torch.Tensor | None) -> tuple:
-    """
-    (sum of the components' load-balancing losses, the same sum with each component's coefficient), scalars; a
-    component's loss is that of the uncut model over the layers it has here. (None, None) without routers.
-    """
-    losses, coefficients = [], []
-    for k, logits in routers.items():
-        component = config.components[k]
-        experts = getattr(component, "num_experts", None) or component.num_local_experts
-        if logits:
-            mask = None if attention_mask is None else attention_mask[:, -logits[0].shape[0] // len(attention_mask) :]
-            losses.append(load_balancing_loss_func(tuple(logits), experts, component.num_experts_per_tok, mask))
-            coefficients.append(component.router_aux_loss_coef)
-    if not losses:
-        return None, None
-    return sum(losses), sum(c * loss for c, loss in zip(coefficients, losses))
 
 
 def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:

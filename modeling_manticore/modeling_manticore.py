@@ -18,19 +18,18 @@ from .cache_manticore import (
     check_positions,
     derive_positions,
     is_recurrent,
+    router_collectors,
+    router_losses,
 )
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, move_into
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
     ManticoreModelOutput,
     Mixture,
     Projector,
-    component_weights,
     describe,
     junctions,
-    router_collectors,
-    router_losses,
     stream_of,
     weighted_sum,
 )
@@ -390,9 +389,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         gates = list(weights.values())
         projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
         inputs = self.junction.receive(boundary, projectors, gates, self.training)
-        logits = [
-            None if state is None else run_head(self.heads[str(k)], state) for k, state in zip(weights, inputs)
-        ]
+        logits = [None if state is None else run_head(self.heads[str(k)], state) for k, state in zip(weights, inputs)]
         return weighted_sum(gates, logits)
 
     def _prepare_cache_for_generation(

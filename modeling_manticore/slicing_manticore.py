@@ -6,6 +6,7 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 """
 
 import copy
+import functools
 import inspect
 
 import torch

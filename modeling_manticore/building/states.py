@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..cache_manticore import derive_positions
-from ..mixing_manticore import Boundary, component_weights
+from ..configuration_manticore import component_weights
+from ..mixing_manticore import Boundary
 from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, find_layers, owner_of, run_view
 
 
