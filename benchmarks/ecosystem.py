@@ -15,7 +15,8 @@ from _shared import quiet, write
 
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = {"lm_eval": "lm-eval", "peft": "peft", "trl": "trl"}  # by test file; the others are of transformers
+LIBRARIES = {"lm_eval": "lm-eval", "peft": "peft", "trl": "trl", "compile": "torch", "int8": "torchao"}
+LIBRARIES |= {"devices": "accelerate", "distributed": "accelerate"}  # by test file; the others are of transformers
 
 
 class Collector:
