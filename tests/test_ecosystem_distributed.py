@@ -142,6 +142,13 @@ def test_fsdp_of_a_16_bit_model(tmp_path):
     assert {t.dtype for n, t in saved.items() if "in_projector" in n} == {torch.bfloat16}
 
 
+def test_fsdp_of_a_16_bit_model_with_learned_gates_is_an_error_of_torch(tmp_path):
+    """Gates are float32 inside a block. Load the model in float32 and train it in mixed precision."""
+    HYBRIDS["learned gates"]().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        launch(tmp_path / "model", tmp_path / "two", fsdp={})
+
+
 def test_fsdp_with_mixed_precision_and_activation_checkpointing(tmp_path):
     HYBRIDS["learned gates"]().save_pretrained(tmp_path / "model")
     plain = launch(tmp_path / "model", tmp_path / "plain", *SGD, fsdp={})

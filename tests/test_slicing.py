@@ -40,7 +40,7 @@ def test_chained_slices_are_the_uncut_model(family, padding):
             torch.testing.assert_close(found[live], alone[live], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", CORRECTED)
+@pytest.mark.parametrize("family", [family for family in CORRECTED if family in FAMILIES])
 @torch.no_grad()
 def test_corrected_families_are_still_wrong_uncut(family):
     """When this fails, transformers has mended the family: take it out of CORRECTED and out of the tables."""
