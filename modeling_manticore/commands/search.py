@@ -12,7 +12,7 @@ STRATEGIES = {
     "joint": "mixture and weights step together, by `manticore train` (up to K times: all K components run)",
 }
 RELATIVE = (
-    "stitch with --halving adds about half a fine-tuning for 8 hybrids (4 of them at 5 % of the tokens, 2 at 15 %)"
+    "stitch with --halving adds about half a fine-tuning for 8 hybrids (4 of them at 5 %% of the tokens, 2 at 15 %%)"
 )
 
 
