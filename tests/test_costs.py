@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from modeling_manticore import (
 )
 from modeling_manticore.building.costs import COST_KINDS, CostTable, Terms, largest
 from modeling_manticore.building.limits import argmax_under, check_feasible, smallest
+from modeling_manticore.search.stitch import _beam
 from modeling_manticore.tasks.text import as_dataset
 
 
@@ -133,6 +135,43 @@ def test_two_hundred_random_searches_under_random_limits():
         for kind in COST_KINDS:
             assert smallest(table, kind, budget) == min(costs[c][kind] for c in within)
     assert 40 < feasible < 200
+
+
+def test_two_hundred_random_beams_under_random_limits():
+    """Random losses: a beam as wide as the space finds the best within the limits, a narrow one stays within them."""
+    checked = 0
+    for seed in range(200):
+        draw = random.Random(1000 + seed)
+        table = random_table(draw)
+        choices = list(itertools.product(*map(range, table.paths)))
+        costs = {choice: table.of(choice) for choice in choices}
+        kinds = draw.sample(COST_KINDS, draw.randint(1, 3))
+        anchor = costs[draw.choice(choices)]  # so that something is within
+        budget = Budget(**{f"max_{kind}": max(0, anchor[kind]) for kind in kinds})
+        within = [c for c in choices if budget.allows(costs[c])]
+        if not within:
+            continue
+        checked += 1
+        losses = {choice: draw.random() for choice in choices}
+        paths = [list(range(n)) for n in table.paths]
+        blocks = [[{"component": p} for p in block] for block in paths]
+        runner = SimpleNamespace(
+            config=SimpleNamespace(blocks=blocks),
+            ends=lambda depth, p, q: (p, q),
+            needs_bridge=lambda pair: pair[0] != pair[1],
+        )
+        for beam in (1, len(choices)):
+            scored = {}
+            scorer = SimpleNamespace(
+                runner=runner,
+                losses=scored,
+                score=lambda new, scored=scored, losses=losses: scored.update({c: losses[c] for c in new}),
+            )
+            _beam(scorer, table, paths, budget, beam)
+            assert scored and all(budget.allows(costs[c]) for c in scored)
+            if beam > 1:
+                assert min(scored.values()) == min(losses[c] for c in within)
+    assert checked > 150
 
 
 def test_infeasible_limits_name_the_smallest_value():
