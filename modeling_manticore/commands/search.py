@@ -7,7 +7,7 @@ from .parsing import parse_options, require, require_positive
 
 # What each strategy does, and its cost relative to fine-tuning one hybrid on the same number of tokens.
 STRATEGIES = {
-    "stitch": "score discrete hybrids with fitted bridges, no training (a hybrid costs less than one evaluation: 8 hybrids "
+    "stitch": "score discrete hybrids with fitted bridges, no training (each less than one evaluation: 8 hybrids "
     "about 0.02 of a fine-tuning on a million tokens)",
     "sweep": "loss on a grid of mixture weights, all frozen, small blocks only (one evaluation per point)",
     "joint": "mixture and weights step together, by `manticore train` (up to K times: all K components run)",

@@ -14,6 +14,7 @@ COSTS = {
     "cache_bytes_per_token": ("KV cache (kB per token)", 1e3),
     "flops_per_token": ("MFLOPs per token", 1e6),
 }
+TAG = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 @dataclass
@@ -134,7 +135,7 @@ class StitchReport:
         for p in range(paths):
             for b in range(blocks):
                 if lowest[p][b] == lowest[p][b]:
-                    axis.text(b, p, f"{lowest[p][b]:.2f}", ha="center", va="center", fontsize=7, color="white")
+                    axis.text(b, p, f"{lowest[p][b]:.2f}", ha="center", va="center", fontsize=7, bbox=TAG)
         for b, p in enumerate(self.best.choice):
             axis.add_patch(_frame(b, p))
         axis.set(xlabel="block", ylabel="path", xticks=range(blocks), yticks=range(paths))
