@@ -231,6 +231,33 @@ def test_the_cost_term_draws_a_search_to_cheaper_paths(tmp_path, accumulation):
     assert course(100.0) < 0.7 < course(0.0)
 
 
+def test_the_cost_term_does_not_depend_on_accumulation(tmp_path):
+    found = []
+    for accumulation in (1, 4):
+        model = compose("gpt_neox", "mamba2", num_blocks=2)
+        args = ManticoreTrainingArguments(
+            output_dir=str(tmp_path / str(accumulation)),
+            stage="search",
+            train_components=False,
+            learning_rate=0.0,
+            mixture_learning_rate=0.1,
+            cost_weight=100.0,
+            max_grad_norm=0.0,
+            max_steps=1,
+            optim="sgd",
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        ManticoreTrainer(model=model, args=args, train_dataset=as_dataset(tokens(8, 8))).train()
+        found.append(torch.stack([block.mixture.logits.detach() for block in model.model.blocks]))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert found[0].abs().max() > 0.1
+
+
 BAD = {"cost_weight": (-1.0, "cost_weight: got -1.0"), "cost_kind": ("size", "cost_kind: got 'size'")}
 
 
