@@ -12,6 +12,7 @@ from transformers import (
 
 from .building.calibrate import CalibrationReport, calibrate
 from .building.compose import from_components
+from .building.costs import Budget, cost_table, expected_cost
 from .building.discretize import discretize
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
@@ -42,10 +43,13 @@ for _auto, _model in (
     _model.register_for_auto_class(_auto.__name__)
 
 _LAZY = {
+    "HalvingOptions": ".search.halving",
     "ManticoreSFTTrainer": ".search.sft",
     "ManticoreTrainer": ".search",
     "ManticoreTrainingArguments": ".search",
     "lora_config": ".search.adapters",
+    "stitch": ".search.stitch",
+    "sweep": ".search.sweep",
 }
 
 
@@ -56,7 +60,9 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "Budget",
     "CalibrationReport",
+    "HalvingOptions",
     "ManticoreCache",
     "ManticoreConfig",
     "ManticoreForCausalLM",
@@ -68,6 +74,10 @@ __all__ = [
     "ManticoreTrainer",
     "ManticoreTrainingArguments",
     "calibrate",
+    "cost_table",
     "discretize",
+    "expected_cost",
     "lora_config",
+    "stitch",
+    "sweep",
 ]

@@ -81,6 +81,33 @@ def test_the_whole_path(folders, tmp_path, capsys):
     assert result["tokens"] == 8 * 31 and 0 < result["loss"] < 20 and 0 <= result["accuracy"] <= 1
 
 
+def test_search(folders, tmp_path, capsys):
+    text = str(folders / "text.txt")
+    settings = {"components": [str(folders / "gpt_neox"), str(folders / "mamba2")], "num_blocks": 2, "texts": [text]}
+    settings |= {"rows": 24, "row_length": 32, "batch_size": 4}
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    assert not main(
+        ["search"]
+        + options(output_folder=first, halving=True, halving_tokens=1000, max_attention_blocks=1, **settings)
+    )
+    printed = capsys.readouterr().out
+    assert "hybrids scored (exhaustive, bridges parallel)" in printed and f"The hybrid is in {first}" in printed
+    hybrid = AutoModelForCausalLM.from_pretrained(first)
+    assert hybrid.config.is_discretized
+    report = json.loads((Path(first) / "report" / "stitch.json").read_text())
+    assert len(report["candidates"]) == 3 and "0.15" in report["candidates"][0]["tuned"]
+    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png"} == {
+        path.name for path in (Path(first) / "report").iterdir()
+    }
+    assert not main(["search"] + options(output_folder=second, strategy="sweep", divisions=2, **settings))
+    assert "9 points, 2 divisions" in capsys.readouterr().out
+    searched = AutoModelForCausalLM.from_pretrained(second)
+    assert not searched.config.is_discretized and (Path(second) / "report" / "sweep.json").is_file()
+    settings = {"model": second, "texts": [text], "rows": 24, "row_length": 32, "output_folder": third}
+    assert not main(["search"] + options(limit=1, beam=1, score_texts=[text], **settings))
+    assert "(beam, bridges parallel)" in capsys.readouterr().out
+
+
 ERRORS = {
     "nothing": ([], "command: got nothing, allowed are demo, compose"),
     "unknown": (["merge"], "command: got 'merge'"),
@@ -99,6 +126,19 @@ ERRORS = {
     "no_folder": (["discretize", "--model", "/nowhere/at/all", "--output_folder", "x"], "'/nowhere/at/all'"),
     "row": (["evaluate", "--model", "m", "--texts", "bible", "--row_length", "1"], "row_length: got 1"),
     "stage": (["train", "--model", "m", "--train_texts", "bible", "--stage", "all"], "stage: got 'all'"),
+    "search_model": (["search", "--texts", "a", "--output_folder", "x"], "model, components: give exactly one"),
+    "search_blocks": (
+        ["search", "--components", "a", "b", "--texts", "a", "--output_folder", "x"],
+        "num_blocks: got None",
+    ),
+    "strategy": (
+        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--strategy", "joint"],
+        "strategy: 'joint' trains the supernet: manticore train --stage search --strategy joint",
+    ),
+    "limit": (
+        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--max_parameters", "-5"],
+        "max_parameters: got -5",
+    ),
     "recipe": (["train", "absent.yaml"], "absent.yaml: it cannot be read"),
     "kind": (["train", "recipe.toml"], "allowed as the positional argument is a .yaml, .yml or .json"),
 }
@@ -144,7 +184,7 @@ def test_help_is_complete(command, capsys):
 
 def test_scripts_are_the_commands():
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts.keys() == {"quickstart", "compose", "train", "discretize", "evaluate"}
+    assert scripts.keys() == {"quickstart", "compose", "train", "search", "discretize", "evaluate"}
     done = subprocess.run(
         [sys.executable, scripts["quickstart"], "--help"], capture_output=True, text=True, timeout=120, check=True
     )

@@ -12,6 +12,8 @@ from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Junction, Projector, junctions
 from .calibrate import ORDERS, calibrate, in_projectors_of, out_projectors_of
 from .compose import set_tensor
+from .costs import Budget, cost_table
+from .limits import argmax_under
 from .texts import batches_of
 
 
@@ -28,6 +30,7 @@ def discretize(
     order: str = "sequential",
     batch_size: int = 8,
     progress: bool = True,
+    budget: Budget | None = None,
 ) -> PreTrainedModel:
     """
     Keep one path per block.
@@ -39,16 +42,18 @@ def discretize(
     Args:
         choice: "argmax", or the index of the kept path for every block.
         calibration: text as for `calibrate`.
+        budget: hard limits. "argmax" then maximises the product of mixture weights among the choices within them.
 
     Returns:
         A new hybrid that owns its tensors; `model` is left as it is. Nothing of the unselected layers, stems and heads
         is in it.
 
     Raises:
-        ValueError: the choice does not fit the blocks, or bad calibration text; before anything is built.
+        ValueError: the choice does not fit the blocks or the budget (names the smallest feasible value), or bad
+            calibration text; before anything is built.
     """
     config = model.config
-    chosen = _choice(model, choice)
+    chosen = _choice(model, choice, budget)
     if order not in ORDERS:
         raise ValueError(f"order: got {order!r}, allowed are {', '.join(map(repr, ORDERS))}.")
     if not isinstance(refit, bool):
@@ -75,11 +80,15 @@ def discretize(
     return hybrid
 
 
-def _choice(model: PreTrainedModel, choice: Any) -> list[int]:
+def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[int]:
+    if budget is not None and not isinstance(budget, Budget):
+        raise ValueError(f"budget: got {type(budget).__name__}, allowed is a Budget or None.")
     blocks = model.config.blocks
     if isinstance(choice, str):
         if choice != "argmax":
             raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index per block.")
+        if budget is not None:
+            return argmax_under(cost_table(model), model.mixture_weights(), budget, usable_paths(model))
         return [int(point.argmax()) for point in model.mixture_weights()]
     if not isinstance(choice, (list, tuple)) or len(choice) != len(blocks):
         raise ValueError(
@@ -88,7 +97,21 @@ def _choice(model: PreTrainedModel, choice: Any) -> list[int]:
     for b, (p, block) in enumerate(zip(choice, blocks)):
         if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < len(block):
             raise ValueError(f"choice[{b}]: got {p!r}, allowed is 0..{len(block) - 1}.")
+    if budget is not None:
+        costs = cost_table(model).of(choice)
+        for kind, limit in budget.limits().items():
+            if costs[kind] > limit:
+                raise ValueError(f"choice: got {list(choice)} with {costs[kind]} {kind}, allowed are at most {limit}.")
     return list(choice)
+
+
+def usable_paths(model: PreTrainedModel) -> list[list[int]]:
+    """Path indices that each block may keep: all, but in the last block those of components that have a head."""
+    paths = [list(range(len(block))) for block in model.config.blocks]
+    if hasattr(model, "heads"):
+        last = model.config.blocks[-1]
+        paths[-1] = [p for p in paths[-1] if str(last[p]["component"]) in model.heads]
+    return paths
 
 
 def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig, list[list[int]]]:

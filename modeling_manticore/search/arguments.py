@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, has_length
 
+from ..building.costs import check_kind
 from .stages import STAGES
 from .strategy import check_strategy_name
 
@@ -37,6 +38,17 @@ class ManticoreTrainingArguments(TrainingArguments):
     train_components: bool = field(
         default=True, metadata={"help": "Whether stage 'search' also trains the components' own weights."}
     )
+    cost_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Stage 'search' adds so many nats times the expected cost of the hybrid, as a share of the "
+            "dearest choice's, to the training loss."
+        },
+    )
+    cost_kind: str = field(
+        default="parameters",
+        metadata={"help": "attention_blocks, parameters, cache_bytes_per_token or flops_per_token."},
+    )
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -47,6 +59,10 @@ class ManticoreTrainingArguments(TrainingArguments):
             raise ValueError(f"mixture_learning_rate: got {rate!r}, allowed is a finite number >= 0.")
         if not isinstance(self.train_components, bool):
             raise ValueError(f"train_components: got {self.train_components!r}, allowed are True and False.")
+        weight = self.cost_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"cost_weight: got {weight!r}, allowed is a finite number >= 0.")
+        check_kind(self.cost_kind, "cost_kind")
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
 from transformers.utils.hub import hf_api
 
+from ..building.costs import cost_table, expected_cost, largest
 from .adapters import check_adapters
 from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
@@ -65,7 +66,7 @@ class ManticoreTrainer(Trainer):
         if not isinstance(args, ManticoreTrainingArguments):
             raise ValueError(f"args: got {type(args).__name__}, allowed is ManticoreTrainingArguments.")
         self.strategy: SearchStrategy | None = make_strategy(args) if args.stage == "search" else None
-        self._staging = False
+        self._staging, self._cost_table = False, None
         check_datasets(args, train_dataset, eval_dataset)
         if model is not None:
             self._check_model(model, args)
@@ -114,7 +115,7 @@ class ManticoreTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(Path(self._get_output_dir(trial), STAGING_DIR), ignore_errors=True)
         if self.strategy is not None:
-            self.strategy = make_strategy(self.args)
+            self.strategy, self._cost_table = make_strategy(self.args), None
         with frozen_for(self.model, self.args.stage, self.args.train_components):
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -134,6 +135,22 @@ class ManticoreTrainer(Trainer):
                     {"params": stepped, "lr": self.args.mixture_learning_rate, "weight_decay": 0.0}
                 )
         return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """As in transformers; while a search trains, plus `cost_weight` times the expected cost of the hybrid."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.strategy is None or not self.args.cost_weight or not model.training:
+            return result
+        if self._cost_table is None:
+            self._cost_table = cost_table(self.hybrid)
+        kind = self.args.cost_kind
+        term = self.args.cost_weight / largest(self._cost_table, kind)
+        per_item = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if per_item or self.compute_loss_func is not None:  # else the Trainer divides
+            term /= self.current_gradient_accumulation_steps
+        loss = result[0] if return_outputs else result
+        loss = loss + term * expected_cost(self.hybrid, kind, self._cost_table).to(loss.device)
+        return (loss, *result[1:]) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; while a search trains, what is logged has the mixture weights too (`logs` has not)."""

@@ -1,0 +1,304 @@
+"""
+What a discrete hybrid of a supernet costs, without building it, and the limits that a user may set.
+
+Every cost of a choice p_1 .. p_B (one path index per block) is a sum over blocks, neighbours and the two ends,
+
+    cost(p) = sum_b node_b[p_b] + sum_b edge_b[p_b, p_b+1] + ends[p_1, p_B]
+
+(slices with the stem, the head and their bridges; bridges between neighbours; a matrix that stem and head share). So
+the expectation under mixture weights a_b, paths drawn independently, is the same sum of sum_p a_b,p node_b[p] and so
+on: exact, and differentiable in the mixture weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..cache_manticore import cache_bytes
+from ..mixing_manticore import End, Junction, junctions
+
+
+COST_KINDS = ("attention_blocks", "parameters", "cache_bytes_per_token", "flops_per_token")
+DEFAULT_CONTEXT = 2048
+STATE_FLOPS = (
+    6  # of a recurrent state's entry per token: decay, input, read-out, a multiplication and an addition each
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    Hard limits of a discrete hybrid; None is no limit.
+
+    Args:
+        max_attention_blocks: blocks of the supernet whose kept path has a layer that caches keys and values.
+        max_parameters: parameters of the discretized hybrid, shared matrices counted once.
+        max_cache_bytes_per_token: bytes that keys and values of full attention grow by per token.
+        max_flops_per_token: floating-point operations of one token's forward pass at the context of the cost table.
+
+    Raises:
+        ValueError: a limit is not a number >= 0.
+    """
+
+    max_attention_blocks: int | None = None
+    max_parameters: int | None = None
+    max_cache_bytes_per_token: int | None = None
+    max_flops_per_token: float | None = None
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+            ):
+                raise ValueError(f"{entry.name}: got {value!r}, allowed is None or a finite number >= 0.")
+
+    def limits(self) -> dict[str, float]:
+        """Cost kind -> limit, of the limits that are set."""
+        values = {kind: getattr(self, f"max_{kind}") for kind in COST_KINDS}
+        return {kind: value for kind, value in values.items() if value is not None}
+
+    def allows(self, costs: dict[str, float]) -> bool:
+        """Whether costs (kind -> value) are within every limit."""
+        return all(costs[kind] <= limit for kind, limit in self.limits().items())
+
+
+@dataclass
+class Terms:
+    """One additive function of a choice: `nodes[b]` (P_b,), `edges[b]` (P_b, P_b+1), `ends` (P_1, P_B), float64."""
+
+    nodes: list[torch.Tensor]
+    edges: list[torch.Tensor]
+    ends: torch.Tensor
+
+    def of(self, choice: Sequence[int]) -> float:
+        """The value of one choice."""
+        total = sum(float(node[p]) for node, p in zip(self.nodes, choice))
+        total += sum(float(edge[p, q]) for edge, p, q in zip(self.edges, choice, choice[1:]))
+        return total + float(self.ends[choice[0], choice[-1]])
+
+    def expected(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        """The expectation, a scalar, when the path of block b is drawn from `weights[b]` (P_b,), independently."""
+        terms = [a @ node.to(a) for a, node in zip(weights, self.nodes)]
+        terms += [a @ edge.to(a) @ b for a, b, edge in zip(weights, weights[1:], self.edges)]
+        first, last = weights[0], weights[-1]
+        terms.append(
+            first @ self.ends.to(first) @ last if len(weights) > 1 else first @ self.ends.to(first).diagonal()
+        )
+        return torch.stack(terms).sum()
+
+
+@dataclass
+class CostTable:
+    """The costs of all choices of a supernet: `terms[kind]` for the four kinds, and the paths of every block."""
+
+    context: int
+    terms: dict[str, Terms]
+
+    @property
+    def paths(self) -> list[int]:
+        """Number of paths of every block."""
+        return [len(node) for node in self.terms["parameters"].nodes]
+
+    def of(self, choice: Sequence[int]) -> dict[str, float]:
+        """
+        Costs of a choice (one path index per block): attention blocks, parameters, KV-cache bytes per token, FLOPs per
+        token. The first three are exact integers.
+        """
+        costs = {kind: terms.of(choice) for kind, terms in self.terms.items()}
+        return {kind: round(value) for kind, value in costs.items()}
+
+
+def cost_table(model: PreTrainedModel, context: int | None = None) -> CostTable:
+    """
+    Count what every path, bridge, stem and head of a supernet costs.
+
+    FLOPs of a token are those at the end of a context of `context` tokens: 2 per entry of every matrix that multiplies
+    (of experts, the share that is active), 4 * heads * head width * tokens attended to in an attention layer, and 6
+    per entry of the state of a recurrent layer where its configuration tells the size. Norms and activations are left
+    out.
+
+    Args:
+        context: tokens; by default the model's own limit, at most 2048.
+
+    Raises:
+        ValueError: the context is not a positive integer within the model's limit.
+    """
+    config = model.config
+    allowed = config.max_position_embeddings
+    context = min(allowed or DEFAULT_CONTEXT, DEFAULT_CONTEXT) if context is None else context
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1 or (allowed and context > allowed):
+        limit = f"1..{allowed}" if allowed else "a positive integer"
+        raise ValueError(f"context: got {context!r}, allowed is {limit}.")
+    plan = junctions(config)
+    terms = {kind: _empty([len(block) for block in config.blocks]) for kind in COST_KINDS}
+    _add_slices(model, terms, context)
+    for b in range(len(config.blocks) - 1):
+        for p, source in enumerate(plan[b + 1].sources):
+            for q, target in enumerate(plan[b + 1].targets):
+                _add_bridge(terms, source, target, config, lambda t, b=b, p=p, q=q: (t.edges[b], (p, q)))
+    _add_ends(model, terms, plan)
+    return CostTable(context, terms)
+
+
+def expected_cost(
+    model: PreTrainedModel, kind: str, table: CostTable | None = None, weights: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """
+    Expected cost, a float32 scalar, of the hybrid whose path in block b is drawn from the mixture weights a_b;
+    differentiable in them. Divide by `largest(table, kind)` for a term without units.
+
+    Args:
+        table: the model's `cost_table`, if it is already there.
+        weights: B points of the simplex in place of the model's own.
+
+    Raises:
+        ValueError: there is no cost of that kind.
+    """
+    check_kind(kind)
+    table = cost_table(model) if table is None else table
+    return table.terms[kind].expected(model.mixture_weights() if weights is None else weights)
+
+
+def largest(table: CostTable, kind: str) -> float:
+    """An upper bound of the costs of all choices: the dearest path of every block and the dearest bridges."""
+    terms = table.terms[kind]
+    parts = [*terms.nodes, *terms.edges, terms.ends]
+    return max(1.0, sum(float(part.max()) for part in parts))
+
+
+def check_kind(kind: Any, field: str = "kind") -> None:
+    """
+    Raises:
+        ValueError: there is no cost of that kind.
+    """
+    if kind not in COST_KINDS:
+        raise ValueError(f"{field}: got {kind!r}, allowed are {', '.join(map(repr, COST_KINDS))}.")
+
+
+def _empty(paths: list[int]) -> Terms:
+    zeros = {"dtype": torch.float64}
+    return Terms(
+        [torch.zeros(n, **zeros) for n in paths],
+        [torch.zeros(n, m, **zeros) for n, m in zip(paths, paths[1:])],
+        torch.zeros(paths[0], paths[-1], **zeros),
+    )
+
+
+def _add_slices(model: PreTrainedModel, terms: dict[str, Terms], context: int) -> None:
+    config = model.config
+    for b, (block, specs) in enumerate(zip(model.trunk.blocks, config.blocks)):
+        for p, (path, spec) in enumerate(zip(block.paths, specs)):
+            component = config.components[spec["component"]]
+            layers = DynamicCache(config=component).layers[spec["start"] : spec["stop"]]
+            flops = _matrix_flops(path.slice, component)
+            flops += sum(
+                _attention_flops(layer, component, context) + _state_flops(layer, component) for layer in layers
+            )
+            terms["attention_blocks"].nodes[b][p] += any(_caches_keys(layer) for layer in layers)
+            terms["parameters"].nodes[b][p] += count(path.slice)
+            terms["cache_bytes_per_token"].nodes[b][p] += cache_bytes(config, spec, model.dtype.itemsize)
+            terms["flops_per_token"].nodes[b][p] += round(flops)
+
+
+def _add_ends(model: PreTrainedModel, terms: dict[str, Terms], plan: list[Junction]) -> None:
+    """Stems, heads, the bridges to and from them, shared matrices, and parameters of no component (a classifier)."""
+    config, trunk = model.config, model.trunk
+    heads = getattr(model, "heads", {})
+    last = len(config.blocks) - 1
+    own = count(model) - count(trunk) if not heads else 0
+    stems = {source.component: source for source in plan[0].sources}
+    for p, spec in enumerate(config.blocks[0]):
+        k = spec["component"]
+        terms["parameters"].nodes[0][p] += count(trunk.stems[str(k)]) + own
+        terms["flops_per_token"].nodes[0][p] += _stem_flops(trunk.stems[str(k)])
+        _add_bridge(terms, stems[k], plan[0].targets[p], config, lambda t, p=p: (t.nodes[0], p))
+    for p, spec in enumerate(config.blocks[last]):
+        k = spec["component"]
+        if str(k) not in heads:
+            continue
+        head, component = heads[str(k)], config.components[k]
+        terms["parameters"].nodes[last][p] += count(head)
+        terms["flops_per_token"].nodes[last][p] += round(_matrix_flops(head, component))
+        end = End(k, component.hidden_size, (config.depth(k), not config.norm_in_head(k)))
+        _add_bridge(terms, plan[last + 1].sources[p], end, config, lambda t, p=p: (t.nodes[last], p))
+        for q, first in enumerate(config.blocks[0]):
+            if first["component"] == k:
+                shared = {id(x) for x in trunk.stems[str(k)].parameters()}
+                terms["parameters"].ends[q, p] -= sum(x.numel() for x in head.parameters() if id(x) in shared)
+
+
+def _add_bridge(terms: dict[str, Terms], source: End, target: End, config, place) -> None:
+    """Add the bridge between two ends, if they need one: a matrix (d_target, d_source) and a bias (d_target,)."""
+    if Junction([source], [target], config, False).has_in[0]:
+        matrix = source.width * target.width
+        for kind, value in (("parameters", matrix + target.width), ("flops_per_token", 2 * matrix)):
+            tensor, index = place(terms[kind])
+            tensor[index] += value
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matrix_flops(module: nn.Module, component) -> float:
+    """2 per entry of everything that multiplies a token's state; of experts, the active share."""
+    total = 0.0
+    experts = next(
+        (n for f in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(component, f, None))),
+        None,
+    )
+    active = getattr(component, "num_experts_per_tok", None)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        share = 1.0
+        if experts and active and "experts" in name and "shared" not in name and parameter.ndim == 3:
+            share = active / experts
+        total += 2 * share * parameter.numel()
+    return total
+
+
+def _stem_flops(stem: PreTrainedModel) -> float:
+    """Looking rows up costs nothing; projections of embeddings (opt-350m) do."""
+    tables = {id(p) for m in stem.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return sum(2.0 * p.numel() for p in stem.parameters() if p.ndim == 2 and id(p) not in tables)
+
+
+def _caches_keys(layer) -> bool:
+    """Whether a cache layer of transformers holds keys and values: attention of any window."""
+    name = type(layer).__name__
+    return name.startswith("Dynamic") or "FullAttention" in name
+
+
+def _attention_flops(layer, component, context: int) -> float:
+    if not _caches_keys(layer):
+        return 0.0
+    window = getattr(layer, "sliding_window", None)
+    heads = component.num_attention_heads
+    width = getattr(component, "head_dim", None) or component.hidden_size // heads
+    return 4.0 * heads * width * (min(context, window) if window else context)
+
+
+def _state_flops(layer, component) -> float:
+    """6 per entry of the state of a state-space layer; 0 where the configuration does not tell its size."""
+    if "LinearAttention" not in type(layer).__name__:
+        return 0.0
+    state = next(
+        (n for f in ("state_size", "mamba_d_state", "ssm_state_size") if (n := getattr(component, f, None))), None
+    )
+    heads = next((n for f in ("mamba_n_heads", "mamba_num_heads") if (n := getattr(component, f, None))), None)
+    width = next(
+        (n for f in ("mamba_d_head", "mamba_head_dim") if isinstance(n := getattr(component, f, None), int)), None
+    )
+    inner = heads * width if heads and width else _expansion(component) * component.hidden_size
+    return STATE_FLOPS * float(inner) * state if state else 0.0
+
+
+def _expansion(component) -> float:
+    return next((n for f in ("expand", "mamba_expand") if (n := getattr(component, f, None))), 2)

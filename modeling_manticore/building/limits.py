@@ -1,0 +1,136 @@
+"""The best choice under hard limits, exactly: dynamic programming over blocks with undominated labels."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .costs import Budget, CostTable, Terms
+
+
+Allowed = list[Sequence[int]]  # the path indices that each block may use
+
+
+def best_choice(
+    table: CostTable, budget: Budget | None, score: Terms, allowed: Allowed | None = None
+) -> list[int] | None:
+    """
+    argmax of an additive score over all choices within the budget, or None if there is none; of equal ones any.
+
+    Partial choices with the same first and last path differ from here on by what they have spent and scored alone, so
+    only those are kept that no other beats in both. Exact whatever the limits; for few distinct costs a block (cuts of
+    equal size) the number of labels stays small.
+
+    Args:
+        score: its `nodes`, `edges`, `ends` as in `Terms`; -inf forbids.
+        allowed: path indices that each block may use; by default all.
+    """
+    limits = {} if budget is None else budget.limits()
+    terms = [table.terms[kind] for kind in limits]
+    paths = [range(n) for n in table.paths] if allowed is None else allowed
+    rest = [_least_rest(term, paths) for term in terms]
+    bounds = list(limits.values())
+    labels: dict[tuple[int, int], list] = {}
+    for p in paths[0]:
+        labels[p, p] = [(tuple(float(t.nodes[0][p]) for t in terms), float(score.nodes[0][p]), (p,))]
+    for b in range(1, len(paths)):
+        grown: dict[tuple[int, int], list] = {}
+        for (first, p), entries in labels.items():
+            for q in paths[b]:
+                step = [float(t.nodes[b][q] + t.edges[b - 1][p, q]) for t in terms]
+                gain = float(score.nodes[b][q] + score.edges[b - 1][p, q])
+                for spent, value, choice in entries:
+                    cost = tuple(s + c for s, c in zip(spent, step))
+                    if all(c + r[b] <= limit for c, r, limit in zip(cost, rest, bounds)):
+                        grown.setdefault((first, q), []).append((cost, value + gain, (*choice, q)))
+        labels = {state: _undominated(entries) for state, entries in grown.items()}
+    best, best_value = None, -math.inf
+    for (first, last), entries in labels.items():
+        for spent, value, choice in entries:
+            cost = [s + float(t.ends[first, last]) for s, t in zip(spent, terms)]
+            value = value + float(score.ends[first, last])
+            if all(c <= limit for c, limit in zip(cost, bounds)) and value > best_value:
+                best, best_value = list(choice), value
+    return best
+
+
+def smallest(table: CostTable, kind: str, budget: Budget | None = None, allowed: Allowed | None = None) -> int | None:
+    """The least cost of a kind over the choices within a budget (None: over all); None if no choice is within it."""
+    terms = table.terms[kind]
+    negated = Terms([-x for x in terms.nodes], [-x for x in terms.edges], -terms.ends)
+    choice = best_choice(table, budget, negated, allowed)
+    return None if choice is None else table.of(choice)[kind]
+
+
+def check_feasible(table: CostTable, budget: Budget | None, allowed: Allowed | None = None) -> None:
+    """
+    Raises:
+        ValueError: no choice is within the budget; for every limit at fault, the smallest feasible value, given the
+            other limits.
+    """
+    if budget is None or best_choice(table, budget, zeros_like(table), allowed) is not None:
+        return
+    limits = budget.limits()
+    alone = {kind: smallest(table, kind, None, allowed) for kind in limits}
+    faults = [
+        f"max_{kind}: got {limit}, the smallest feasible value is {alone[kind]}"
+        for kind, limit in limits.items()
+        if alone[kind] > limit
+    ]
+    if not faults:
+        for kind, limit in limits.items():
+            others = Budget(**{f"max_{other}": value for other, value in limits.items() if other != kind})
+            least = smallest(table, kind, others, allowed)
+            if least is not None:
+                faults.append(
+                    f"max_{kind}: got {limit}, the smallest feasible value under the other limits is {least}"
+                )
+    if not faults:  # three or more limits, of which no two can be met together
+        faults = [
+            f"max_{kind}: got {limit}, the smallest feasible value alone is {alone[kind]}"
+            for kind, limit in limits.items()
+        ]
+    raise ValueError("budget: no discrete hybrid is within it; " + "; ".join(faults) + ".")
+
+
+def argmax_under(
+    table: CostTable, weights: list[torch.Tensor], budget: Budget | None, allowed: Allowed | None = None
+) -> list[int]:
+    """
+    The choice of the largest product of mixture weights within the budget. Weights of exactly 0 count as 1e-300.
+
+    Raises:
+        ValueError: no choice is within the budget; names the smallest feasible value.
+    """
+    check_feasible(table, budget, allowed)
+    nodes = [point.detach().double().cpu().clamp_min(1e-300).log() for point in weights]
+    plain = zeros_like(table)
+    return best_choice(table, budget, Terms(nodes, plain.edges, plain.ends), allowed)
+
+
+def zeros_like(table: CostTable) -> Terms:
+    """The score that likes every choice alike."""
+    some = next(iter(table.terms.values()))
+    return Terms(
+        [torch.zeros_like(x) for x in some.nodes],
+        [torch.zeros_like(x) for x in some.edges],
+        torch.zeros_like(some.ends),
+    )
+
+
+def _least_rest(terms: Terms, paths: Allowed) -> list[float]:
+    """A lower bound, after each block, of what the later blocks and the ends add."""
+    rest = [float(terms.ends.min())]
+    for b in range(len(paths) - 1, 0, -1):
+        least = min(float(terms.nodes[b][q] + terms.edges[b - 1][:, q].min()) for q in paths[b])
+        rest.append(rest[-1] + least)
+    return rest[::-1]
+
+
+def _undominated(entries: list) -> list:
+    """Labels (costs, value, choice) that no other label beats or equals in every cost and in value."""
+    kept: list = []
+    for entry in sorted(entries, key=lambda e: (-e[1], e[0])):
+        if not any(all(a <= b for a, b in zip(other[0], entry[0])) for other in kept):
+            kept.append(entry)
+    return kept

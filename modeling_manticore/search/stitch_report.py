@@ -1,0 +1,188 @@
+"""What a training-free search found: a ranking, a table, JSON, and two pictures."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..configuration_manticore import ManticoreConfig
+
+
+COSTS = {
+    "parameters": ("parameters (M)", 1e6),
+    "cache_bytes_per_token": ("KV cache (kB per token)", 1e3),
+    "flops_per_token": ("MFLOPs per token", 1e6),
+}
+TAG = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+
+
+@dataclass
+class Candidate:
+    """
+    A discrete hybrid: the kept path of every block, its loss without training (nats per token), its costs, and its
+    held-out losses after short fine-tunings, by share of the token budget.
+    """
+
+    choice: list[int]
+    slices: str
+    loss: float
+    attention_blocks: int
+    parameters: int
+    cache_bytes_per_token: int
+    flops_per_token: int
+    tuned: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rank_key(self) -> tuple:
+        """Those trained longest first, by their loss then; the untrained last, by their score."""
+        share = max(self.tuned, key=float, default=None)
+        return (-float(share), self.tuned[share]) if share else (0.0, self.loss)
+
+
+@dataclass
+class StitchReport:
+    """
+    Candidates, best first (`sort` keeps it so), and how they were found: "exhaustive" or "beam", order of
+    calibration, context of the FLOPs, held-out fit of every bridge (order "parallel"), seconds of every stage.
+    """
+
+    method: str
+    order: str
+    keep: int
+    context: int
+    candidates: list[Candidate]
+    fits: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def sort(self) -> None:
+        """Rank: fine-tuned longest first, then by loss; ties by fewer parameters."""
+        self.candidates.sort(key=lambda c: (*c.rank_key, c.parameters, c.choice))
+
+    @property
+    def best(self) -> Candidate:
+        """The first candidate."""
+        return self.candidates[0]
+
+    def pareto(self, kind: str) -> list[Candidate]:
+        """Candidates that no other beats in both a cost and the loss without training, by rising cost."""
+        front: list[Candidate] = []
+        for candidate in sorted(self.candidates, key=lambda c: (getattr(c, kind), c.loss)):
+            if not front or candidate.loss < front[-1].loss:
+                front.append(candidate)
+        return front
+
+    def __str__(self) -> str:
+        shares = sorted({share for c in self.candidates for share in c.tuned}, key=float)
+        names = ["choice", "loss", *(f"after {100 * float(s):g} %" for s in shares)]
+        names += ["parameters", "KV bytes", "MFLOPs", "Pareto", "slices"]
+        fronts = {kind: {id(c) for c in self.pareto(kind)} for kind in COSTS}
+        rows = []
+        for c in self.candidates[: self.keep]:
+            tuned = [f"{c.tuned[s]:.4f}" if s in c.tuned else "-" for s in shares]
+            marks = "".join(m if id(c) in fronts[k] else "-" for k, m in zip(COSTS, "pkf"))
+            costs = [f"{c.parameters:,}", f"{c.cache_bytes_per_token:,}", f"{c.flops_per_token / 1e6:.2f}"]
+            rows.append([",".join(map(str, c.choice)), f"{c.loss:.4f}", *tuned, *costs, marks, c.slices])
+        widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+        lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in [names, *rows]]
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        lines.append(f"{len(self.candidates)} hybrids scored ({self.method}, bridges {self.order}); {seconds}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self) | {"pareto": {kind: [c.choice for c in self.pareto(kind)] for kind in COSTS}}
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Write `stitch.json`, `pareto.png` (cost against loss) and `blocks.png` (the lowest loss among candidates with a
+        given path in a given block). Each file is replaced in one move.
+
+        Raises:
+            ValueError: the folder is a file.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "stitch.json", self.to_dict())
+        self._plot_pareto(folder / "pareto.png")
+        self._plot_blocks(folder / "blocks.png")
+
+    def _plot_pareto(self, file: Path) -> None:
+        figure, axes = new_figure(len(COSTS), 3.6, 3.2)
+        for axis, (kind, (label, scale)) in zip(axes, COSTS.items()):
+            axis.scatter([getattr(c, kind) / scale for c in self.candidates], [c.loss for c in self.candidates], s=10)
+            front = self.pareto(kind)
+            axis.plot([getattr(c, kind) / scale for c in front], [c.loss for c in front], "o-", color="tab:red", ms=4)
+            for c in front:
+                place = (getattr(c, kind) / scale, c.loss)
+                axis.annotate(
+                    ",".join(map(str, c.choice)), place, fontsize=6, xytext=(3, 3), textcoords="offset points"
+                )
+            axis.set(xlabel=label, ylabel="loss without training (nats)")
+        write_figure(figure, file)
+
+    def _plot_blocks(self, file: Path) -> None:
+        blocks = len(self.best.choice)
+        paths = 1 + max(p for c in self.candidates for p in c.choice)
+        lowest = [[float("nan")] * blocks for _ in range(paths)]
+        for c in self.candidates:
+            for b, p in enumerate(c.choice):
+                lowest[p][b] = c.loss if lowest[p][b] != lowest[p][b] else min(lowest[p][b], c.loss)
+        figure, (axis,) = new_figure(1, 1.6 + 0.8 * blocks, 1.4 + 0.6 * paths)
+        picture = axis.imshow(lowest, aspect="auto", cmap="viridis_r")
+        for p in range(paths):
+            for b in range(blocks):
+                if lowest[p][b] == lowest[p][b]:
+                    axis.text(b, p, f"{lowest[p][b]:.2f}", ha="center", va="center", fontsize=7, bbox=TAG)
+        for b, p in enumerate(self.best.choice):
+            axis.add_patch(_frame(b, p))
+        axis.set(xlabel="block", ylabel="path", xticks=range(blocks), yticks=range(paths))
+        axis.set_title("lowest loss with the path (frame: best)", fontsize="small")
+        figure.colorbar(picture, ax=axis)
+        write_figure(figure, file)
+
+
+def slices_of(config: ManticoreConfig, choice: Sequence[int]) -> str:
+    """The hybrid in words, `gpt_neox[0:3] > mamba2[3:6]`; slices that continue each other are one."""
+    parts: list[list] = []
+    for block, p in zip(config.blocks, choice):
+        path = block[p]
+        if parts and parts[-1][0] == path["component"] and parts[-1][2] == path["start"]:
+            parts[-1][2] = path["stop"]
+        else:
+            parts.append([path["component"], path["start"], path["stop"]])
+    families = [component.model_type for component in config.components]
+    names = [name if families.count(name) == 1 else f"{name}#{k}" for k, name in enumerate(families)]
+    return " > ".join(f"{names[k]}[{start}:{stop}]" for k, start, stop in parts)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write JSON in one move, so that a kill leaves the old file or the new one."""
+    staged = file.with_name(f".{file.name}")
+    staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, file)
+
+
+def new_figure(panels: int, width: float, height: float):
+    """A figure without a display, and its axes in a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False).flat)
+
+
+def write_figure(figure, file: Path) -> None:
+    """Write a PNG in one move."""
+    staged = file.with_name(f".{file.name}")
+    figure.savefig(staged, dpi=120, format="png")
+    os.replace(staged, file)
+
+
+def _frame(b: int, p: int):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((b - 0.5, p - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2)
