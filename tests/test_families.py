@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from family_checks import BOUND, CELLS, measure_family
-from tiny import FAMILIES
+from tiny import FAMILIES, component, tokens
 from transformers import AutoModelForCausalLM, NanoChatConfig
 
 from modeling_manticore import ManticoreForCausalLM
@@ -35,3 +36,17 @@ def test_a_family_that_runs_its_final_norm_twice_is_refused():
     )
     with pytest.raises(ValueError, match="nanochat: cannot be sliced, its final norm runs 2 times"):
         ManticoreForCausalLM.from_components([AutoModelForCausalLM.from_config(config)], num_blocks=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_bfloat16_hybrid_is_the_same_after_loading(family, tmp_path):
+    """Also buffers have the dtype that loading gives them, when the components in memory are float32."""
+    parts = [component(family), component("gpt2", 1)]
+    hybrid = ManticoreForCausalLM.from_components(parts, num_blocks=2, dtype="bfloat16")
+    hybrid.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == hybrid.dtype == torch.bfloat16
+    assert {n: b.dtype for n, b in loaded.named_buffers()} == {n: b.dtype for n, b in hybrid.named_buffers()}
+    logits = hybrid(tokens()).logits
+    assert torch.isfinite(logits).all() and torch.equal(loaded(tokens()).logits, logits)

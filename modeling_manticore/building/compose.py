@@ -1,6 +1,7 @@
 """Make a supernet or a discrete hybrid out of pretrained components."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,7 @@ def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedMod
     """Give the views of component k their tensors: moved at the first use if `move`, copied else."""
     base = getattr(component, component.base_model_prefix)
     taken = set()
+    kept_dtypes = model._get_dtype_plan(model.dtype)  # what the families keep in float32, as when loading
     trunk, config = model.trunk, model.config
     pairs = [(trunk.stems[str(k)], base)] if str(k) in trunk.stems else []
     for block, paths in zip(trunk.blocks, config.blocks):
@@ -112,11 +114,9 @@ def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedMod
         tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(
             source.named_buffers(remove_duplicate=False)
         )
-        dtype = {name: parameter.dtype for name, parameter in view.named_parameters()}
         for name, old in [*view.named_parameters(), *view.named_buffers()]:
-            value = tensors[name].detach()
-            if name in dtype:
-                value = value.to(dtype[name])
+            kept = [dtype for rule, dtype in kept_dtypes.items() if re.search(rf"(^|\.){rule}(\.|$)", name)]
+            value = tensors[name].detach().to(kept[0] if kept else old.dtype)
             fresh = move and value.data_ptr() not in taken
             taken.add(value.data_ptr())
             set_tensor(view, name, value if fresh and value is not tensors[name] else value.clone(), old)
