@@ -291,10 +291,16 @@ def cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
     """Key and value bytes that the full-attention layers of a slice add per token; windows and states are bounded."""
     component = config.components[path["component"]]
     layers = DynamicCache(config=component).layers[path["start"] : path["stop"]]
-    growing = sum(type(layer) is DynamicLayer for layer in layers)
+    growing = sum(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in layers)
     if not growing:
         return 0
-    heads = getattr(component, "num_key_value_heads", None) or component.num_attention_heads
+    heads = next(
+        heads
+        for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+        if (heads := getattr(component, name, None))
+    )
+    if getattr(component, "multi_query", False) and not getattr(component, "new_decoder_architecture", False):
+        heads = 1
     width = getattr(component, "head_dim", None) or component.hidden_size // component.num_attention_heads
     return growing * 2 * heads * width * itemsize
 

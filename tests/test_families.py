@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_checks import BOUND, CELLS, measure_family
+from family_checks import BOUND, CELLS, chain, measure_family
 from tiny import FAMILIES, component, tokens
 from transformers import AutoModelForCausalLM, NanoChatConfig
 
@@ -50,3 +50,20 @@ def test_a_bfloat16_hybrid_is_the_same_after_loading(family, tmp_path):
     assert {n: b.dtype for n, b in loaded.named_buffers()} == {n: b.dtype for n, b in hybrid.named_buffers()}
     logits = hybrid(tokens()).logits
     assert torch.isfinite(logits).all() and torch.equal(loaded(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_cache_grows_by_the_bytes_that_the_description_says(family):
+    model = component(family)
+    hybrid = chain(model, [0, 1, model.config.num_hidden_layers])
+    ids = tokens(1, getattr(model.config, "attention_window_size", 32) + 16)  # beyond every window
+
+    def held(cache) -> int:
+        pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+        return sum(t.numel() * t.element_size() for pair in pairs for t in pair if t is not None)
+
+    cache = hybrid(ids[:, :-8], use_cache=True).past_key_values
+    before = held(cache)
+    hybrid(ids[:, -8:], past_key_values=cache, use_cache=True)
+    assert f"cache {(held(cache) - before) // 8:,} bytes per token" in hybrid.describe()
