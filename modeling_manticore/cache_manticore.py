@@ -82,7 +82,7 @@ class ManticoreCache(Cache):
                 owned[b, p] = complete[path["start"] : path["stop"]]
                 layers.extend(owned[b, p])
         super().__init__(layers=layers)
-        self.seen_tokens = 0
+        self.seen_tokens, self.skipped = 0, set()
         self._views = {
             (b, p): SliceCache(
                 self, owned[b, p], config.blocks[b][p]["start"], config.depth(config.blocks[b][p]["component"])
@@ -93,6 +93,21 @@ class ManticoreCache(Cache):
     def view(self, block: int, path: int) -> SliceCache:
         """The part of the cache that belongs to one path."""
         return self._views[block, path]
+
+    def run_or_skip(self, block: int, path: int, runs: bool) -> None:
+        """
+        Note that a path runs, or is skipped because its weight is zero.
+
+        Raises:
+            ValueError: it runs now but was skipped before: it has not seen the tokens in the cache.
+        """
+        if not runs:
+            self.skipped.add((block, path))
+        elif (block, path) in self.skipped:
+            raise ValueError(
+                f"past_key_values: path {path} of block {block} had weight 0 when this cache was filled and has not "
+                "seen its tokens; allowed is a cache filled under the present mixture weights. Start again without it."
+            )
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a forward pass has just written into every layer."""
@@ -124,7 +139,7 @@ class ManticoreCache(Cache):
     def reset(self) -> None:
         """Empty every layer and the token count."""
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.skipped = 0, set()
 
 
 def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:
@@ -183,22 +198,73 @@ def is_recurrent(config: ManticoreConfig) -> bool:
 
 def check_order(attention_mask, position_ids, tokens: int, seen: int) -> None:
     """
-    What recurrent layers cannot do: skip padding once they have a state, or start afresh within a row.
+    What recurrent layers cannot do: skip padding once they have a state, or start afresh within a row. (Not checked
+    in a compiled graph, which cannot depend on values.)
 
     Raises:
-        ValueError: padding among several tokens that continue a cache, or several sequences packed into one row.
+        ValueError: padding behind or between tokens that a state goes on from, or sequences packed into one row.
     """
+    if torch.compiler.is_compiling():
+        return
     if attention_mask is None:
         if position_ids is not None and tokens > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
             raise ValueError(
                 "position_ids: got positions that start again, allowed are rising ones: recurrent layers would carry "
                 "one packed sequence over into the next. Give every sequence a row of its own."
             )
-    elif seen and tokens > 1 and not bool(attention_mask[:, -tokens:].all()):
+        return
+    mask = attention_mask.bool()
+    if seen:
+        wrong = not bool(mask[:, seen - 1 :].all())
+    else:
+        ended = (mask[:, :-1] & ~mask[:, 1:]).cumsum(-1) > 0
+        wrong = bool((ended & mask[:, 1:]).any())
+    if wrong:
         raise ValueError(
-            "attention_mask: got padding after the first tokens, allowed is padding before them: recurrent layers "
-            "cannot skip it. Continue rows of unequal length each on its own, or start again without the cache."
+            "attention_mask: got padding after the first tokens, or a row still in its padding when the cache is "
+            "continued; allowed is padding before a row's tokens, all in the first pass: recurrent layers cannot skip "
+            "it. Continue rows of unequal length each on its own, or start again without the cache."
         )
+
+
+def check_shapes(given, attention_mask, position_ids, seen: int) -> None:
+    """
+    Raises:
+        ValueError: tokens, mask and positions that do not fit each other and the `seen` tokens of the cache.
+    """
+    if given.ndim < 2 or given.shape[1] == 0:
+        raise ValueError(
+            f"input_ids: got shape {tuple(given.shape)}, allowed is (batch, tokens) with a token or more."
+        )
+    batch, tokens = given.shape[:2]
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, seen + tokens):
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, allowed is {(batch, seen + tokens)}: "
+            f"every row, with the {seen} tokens in the cache and the {tokens} new ones."
+        )
+    if position_ids is not None and (
+        position_ids.shape[-1] != tokens or position_ids.shape[:-1].numel() not in (1, batch)
+    ):
+        raise ValueError(
+            f"position_ids: got shape {tuple(position_ids.shape)}, allowed is (tokens,), (1 or batch, tokens): "
+            f"{tokens} tokens, a batch of {batch}."
+        )
+
+
+def check_rope(config: ManticoreConfig, tokens: int, seen: int) -> None:
+    """
+    Raises:
+        ValueError: a cache whose keys have other rotary factors than those that the new length asks for (longrope).
+    """
+    for k in config.used_components:
+        rope = getattr(config.components[k], "rope_parameters", None) or {}
+        short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+        if short and 0 < seen <= short < seen + tokens:
+            raise ValueError(
+                f"past_key_values: got a cache of {seen} tokens, allowed beyond {short} tokens is none: component {k} "
+                f"({config.components[k].model_type}) has other rotary factors from there on. Give all tokens at once "
+                "without a cache, and continue the one that comes out."
+            )
 
 
 @contextmanager
@@ -234,7 +300,7 @@ def lent_states(layers: nn.ModuleList, family: str, cache: SliceCache | None) ->
 class Note:
     """What a module's pre-hook tells the hook of one of its children, within one forward pass."""
 
-    value: torch.Tensor | None = None
+    value: torch.Tensor | tuple | None = None
 
 
 def correct_layer(layer: nn.Module, family: str) -> None:
@@ -251,7 +317,7 @@ def correct_layer(layer: nn.Module, family: str) -> None:
             getattr(owner, child_name).register_forward_hook(functools.partial(_zero_padding, note))
     for mixer in layer.modules():
         limits = getattr(mixer, "time_step_limit", None)
-        if limits is None or tuple(limits) == (0.0, float("inf")) or hasattr(mixer, "mup_vector"):
+        if limits is None or tuple(limits) == (0.0, float("inf")):
             continue
         note = Note()
         mixer.register_forward_pre_hook(functools.partial(_note_time_step_bias, note))
@@ -269,15 +335,17 @@ def _zero_padding(note, module, args, output):
 
 
 def _note_time_step_bias(note, module, args):
-    note.value = module.dt_bias
+    scale = getattr(module, "mup_vector", None)  # falcon_h1 multiplies what its projection gives
+    note.value = module.dt_bias, 1.0 if scale is None else scale.flatten()[-len(module.dt_bias) :]
 
 
 def _limit_single_time_steps(note, limits, module, args, output):
     """Clamp the last entries, which become time steps softplus(entry + bias), as if the time steps were clamped."""
     if output.shape[1] != 1:
         return output
-    rest, steps = output.split([output.shape[-1] - len(note.value), len(note.value)], dim=-1)
-    low, high = (_inverse_softplus(limit) - note.value for limit in limits)
+    bias, scale = note.value
+    rest, steps = output.split([output.shape[-1] - len(bias), len(bias)], dim=-1)
+    low, high = ((_inverse_softplus(limit) - bias) / scale for limit in limits)
     return torch.cat([rest, steps.clamp(low.to(steps.dtype), high.to(steps.dtype))], dim=-1)
 
 

@@ -324,7 +324,8 @@ def _component_config(entry: Any, index: int) -> PreTrainedConfig:
         raise ValueError(
             f"components[{index}].model_type: got {config.model_type!r}, which is not a causal language model."
         )
-    config.dtype = None
+    config.dtype, config.return_dict = None, True
+    config.output_hidden_states = False
     return config
 
 

@@ -396,6 +396,8 @@ class ManticoreBlock(nn.Module):
         inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, self.training)
         states = []
         for p, path in enumerate(self.paths):
+            if cache is not None:
+                cache.run_or_skip(self.index, p, inputs[p] is not None)
             if inputs[p] is None:
                 states.append(None)
                 continue

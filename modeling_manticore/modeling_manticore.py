@@ -16,6 +16,8 @@ from .cache_manticore import (
     check_inputs,
     check_order,
     check_positions,
+    check_rope,
+    check_shapes,
     derive_positions,
     is_recurrent,
     router_collectors,
@@ -244,6 +246,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = ManticoreCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        check_shapes(given, attention_mask, position_ids, seen)
+        check_rope(self.config, given.shape[1], seen)
         if self.is_recurrent:
             check_order(attention_mask, position_ids, given.shape[1], seen)
         position_ids = derive_positions(given, attention_mask, position_ids, seen)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .cache_manticore import STATE_ON_MODULES, SliceCache, correct_layer, lent_states
+from .cache_manticore import PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
 
 
@@ -258,6 +258,8 @@ def run_view(
     tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     if cache is not None and tokens > 1 and cache.get_seq_length() and family in ONE_TOKEN_AT_A_TIME:
         return _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache, router_logits)
+    if family in PADDING_LEAKS and attention_mask is not None:  # whatever positions a caller gives to padding
+        position_ids = position_ids * attention_mask[:, -tokens:].bool()
     accepted = _parameters(type(view))
     arguments = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if "position_ids" in accepted:

@@ -39,7 +39,8 @@ def assert_equal_logits(model, expected):
     out = model(tokens()[:, :8], use_cache=True)
     last = model(tokens()[:, 8:9], past_key_values=out.past_key_values, use_cache=True)
     torch.testing.assert_close(torch.cat([out.logits, last.logits], 1), expected, atol=1e-6, rtol=0)
-    assert model.generate(tokens(), max_new_tokens=2, pad_token_id=0, eos_token_id=None).shape == (2, 14)
+    options = {"attention_mask": torch.ones_like(tokens()), "pad_token_id": 0, "eos_token_id": None}
+    assert model.generate(tokens(), max_new_tokens=2, **options).shape == (2, 14)
 
 
 def test_one_device(saved):

@@ -69,6 +69,7 @@ def test_beam_search_equals_beam_search_without_a_cache(hybrid):
         "eos_token_id": None,
         "return_dict_in_generate": True,
         "output_scores": True,
+        "attention_mask": torch.ones(2, 8, dtype=torch.long),
     }
     cached = hybrid.generate(tokens(2, 8), use_cache=True, **options)
     plain = hybrid.generate(tokens(2, 8), use_cache=False, **options)

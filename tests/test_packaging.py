@@ -96,7 +96,7 @@ for name in ("supernet", "hybrid"):
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     with torch.no_grad():
         logits[name] = model(ids).logits
-    model.generate(ids, max_new_tokens=3, pad_token_id=0)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, pad_token_id=0)
 save_file(logits, "logits.safetensors")
 """
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers as T
 from family_checks import chain, largest
 from tiny import FAMILIES, component, tokens
 from transformers import DynamicCache, GenerationConfig
@@ -220,3 +221,93 @@ def test_generation_settings_are_checked_before_anything_is_computed(hybrid):
     settings = GenerationConfig(cache_implementation="static", max_new_tokens=2, eos_token_id=None, pad_token_id=0)
     with pytest.raises(ValueError, match="cache_implementation"):
         hybrid.generate(tokens(), generation_config=settings)
+
+
+def test_padding_in_later_passes_and_within_rows_is_refused_by_recurrent_hybrids(recurrent):
+    """One token at a time through the padding, a row all padding in the first pass, right padding and then more."""
+    ids = tokens(2, 12)
+    left, right, inner = (torch.ones_like(ids) for _ in range(3))
+    left[0, :6], right[0, 6:8], inner[0, 3:5] = 0, 0, 0
+    cases = ((left, 4), (left, 1), (right, 8))
+    for mask, first in cases:
+        cache = recurrent(ids[:, :first], attention_mask=mask[:, :first], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="attention_mask: got padding after the first tokens"):
+            recurrent(ids[:, first : first + 1], attention_mask=mask[:, : first + 1], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask: got padding after the first tokens"):
+        recurrent(ids, attention_mask=inner)
+    assert torch.isfinite(recurrent(ids[:, :8], attention_mask=right[:, :8]).logits).all()  # right padding alone
+
+
+@torch.no_grad()
+def test_positions_of_padding_do_not_matter(hybrid):
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    found = hybrid(ids, attention_mask=mask, position_ids=positions).logits[0, 4:]
+    assert largest(found, hybrid(ids[:1, 4:]).logits[0]) <= BOUND
+
+
+SHAPES = {
+    "mask of new tokens only": (
+        {"attention_mask": torch.ones(2, 1)},
+        r"attention_mask: got shape \(2, 1\), allowed is \(2, 9\)",
+    ),
+    "mask of another batch": ({"attention_mask": torch.ones(1, 9)}, r"attention_mask: got shape \(1, 9\)"),
+    "positions": ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, r"position_ids: got shape \(2, 3\)"),
+    "one-dimensional tokens": ({"input_ids": torch.tensor([3])}, r"input_ids: got shape \(1,\)"),
+    "no tokens": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids: got shape \(2, 0\)"),
+}
+
+
+@pytest.mark.parametrize("inputs, message", SHAPES.values(), ids=SHAPES)
+def test_shapes_that_do_not_fit_the_cache_are_refused(hybrid, inputs, message):
+    cache = hybrid(tokens(2, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=message):
+        hybrid(**({"input_ids": tokens(2, 1)} | inputs), past_key_values=cache)
+
+
+def test_a_path_switched_on_after_the_cache_was_filled_is_refused():
+    model = supernet("gpt_neox", "mamba", mixture="simplex")
+    model.set_mixture_weights([[1, 0], [1, 0]])
+    cache = model(tokens(2, 8), use_cache=True).past_key_values
+    model.set_mixture_weights([[1, 0], [0.5, 0.5]])
+    with pytest.raises(ValueError, match="past_key_values: path 1 of block 1 had weight 0"):
+        model(tokens(2, 1), past_key_values=cache)
+
+
+def test_longrope_beyond_its_switch_is_refused_with_a_cache():
+    """phi3's keys in the cache have the short factors; uncut generation drops the cache there."""
+    config = FAMILIES["phi3"]()
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    config.rope_parameters = factors | {"original_max_position_embeddings": 8}
+    config.original_max_position_embeddings = 8
+    hybrid = chain(T.AutoModelForCausalLM.from_config(config).eval(), [0, 2, 4])
+    cache = hybrid(tokens(1, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values: got a cache of 8 tokens, allowed beyond 8 tokens is none"):
+        hybrid(tokens(1, 1), past_key_values=cache)
+    cache = hybrid(tokens(1, 9), use_cache=True).past_key_values
+    found = hybrid(tokens(1, 12)[:, 9:], past_key_values=cache).logits
+    assert largest(found, hybrid(torch.cat([tokens(1, 9), tokens(1, 12)[:, 9:]], 1)).logits[:, 9:]) <= BOUND
+
+
+@torch.no_grad()
+def test_falcon_h1_with_limited_time_steps_decodes_exactly():
+    config = FAMILIES["falcon_h1"]()
+    config.time_step_limit = (0.3, 0.6)
+    hybrid, ids = chain(T.AutoModelForCausalLM.from_config(config).eval(), [0, 2, 4]), tokens(2, 12)
+    cache = hybrid(ids[:, :8], use_cache=True).past_key_values
+    parts = [hybrid(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(8, 12)]
+    assert largest(torch.cat(parts, dim=1), hybrid(ids).logits[:, 8:]) <= BOUND
+
+
+def test_components_in_memory_must_be_plain_and_whole():
+    classifier = T.AutoModelForSequenceClassification.from_config(FAMILIES["gpt_neox"]())
+    with pytest.raises(ValueError, match=r"components\[0\]: got GPTNeoXForSequenceClassification"):
+        ManticoreForCausalLM.from_components([classifier], num_blocks=1)
+    with pytest.raises(ValueError, match=r"components\[0\]: got GPTNeoXModel"):
+        ManticoreForCausalLM.from_components([component("gpt_neox").gpt_neox], num_blocks=1)
+    shortened = component("gpt_neox")
+    shortened.gpt_neox.layers = shortened.gpt_neox.layers[:2]
+    with pytest.raises(ValueError, match="it has no list of 4 layers"):
+        ManticoreForCausalLM.from_components([shortened], num_blocks=1)

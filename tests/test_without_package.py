@@ -37,7 +37,8 @@ with torch.no_grad():
         logits[folder.name] = model(ids).logits.float().contiguous()
         model.save_pretrained(Path("again") / folder.name, max_shard_size="20KB")
         assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "manticore"
-    generated = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (2, ids.shape[1] + 4)
     logits["trunk"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state
     for name, auto in (("sequence", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)):

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
+
+from ..slicing_manticore import find_layers
 
 
 LOADING_OPTIONS = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -81,6 +90,7 @@ def component_sources(components: list, options: dict[str, Any]) -> list[Compone
 
 def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
     if isinstance(component, PreTrainedModel):
+        _check_model(f"components[{k}]", component)
         return ComponentSource(k, None, {}, component.config, component.dtype, model=component)
     if not isinstance(component, (str, Path)):
         raise ValueError(f"components[{k}]: got {type(component).__name__}, allowed is a name, a folder or a model.")
@@ -101,6 +111,20 @@ def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
     revision = extract_commit_hash(found, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return ComponentSource(k, name, options, config, dtype, revision)
+
+
+def _check_model(where: str, model: PreTrainedModel) -> None:
+    """A model in memory must be its family's plain, whole causal language model."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if family is None:
+        return  # the configuration says why it is refused
+    if type(model) is not (family[0] if isinstance(family, (tuple, list)) else family):
+        raise ValueError(f"{where}: got {type(model).__name__}, allowed is the causal language model of its family.")
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(f"{where}: it has adapters. Merge them (`merge_and_unload`) or remove them first.")
+    base = getattr(model, model.base_model_prefix, None)
+    if base is not None:
+        find_layers(base, model.config)
 
 
 def _check_folder(where: str, folder: Path, variant: str | None) -> None:
