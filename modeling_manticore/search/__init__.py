@@ -1,7 +1,11 @@
 """Training hybrids: stages, search strategies, and the Trainer that runs them."""
 
 from .arguments import ManticoreTrainingArguments
+from .darts import DartsStrategy
+from .dash import DashStrategy
+from .gaea import GaeaStrategy
 from .joint import JointStrategy
+from .mixture_kind import set_mixture_kind
 from .stages import STAGES
 from .strategy import STRATEGIES, SearchStrategy, make_strategy
 from .trainer import ManticoreTrainer
@@ -10,9 +14,13 @@ from .trainer import ManticoreTrainer
 __all__ = [
     "STAGES",
     "STRATEGIES",
+    "DartsStrategy",
+    "DashStrategy",
+    "GaeaStrategy",
     "JointStrategy",
     "ManticoreTrainer",
     "ManticoreTrainingArguments",
     "SearchStrategy",
     "make_strategy",
+    "set_mixture_kind",
 ]

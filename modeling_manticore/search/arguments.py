@@ -12,6 +12,9 @@ from .stages import STAGES
 from .strategy import check_strategy_name
 
 
+GAEA_BASES = ("joint", "darts")
+
+
 @dataclass
 class ManticoreTrainingArguments(TrainingArguments):
     """
@@ -49,6 +52,19 @@ class ManticoreTrainingArguments(TrainingArguments):
         default="parameters",
         metadata={"help": "attention_blocks, parameters, cache_bytes_per_token or flops_per_token."},
     )
+    gaea_base: str = field(
+        default="joint",
+        metadata={
+            "help": "What strategy 'gaea' modifies: 'joint' (mixture weights step with the weights, on the training "
+            "split) or 'darts' (before them, on the search split)."
+        },
+    )
+    temperature_start: float = field(
+        default=1.0, metadata={"help": "Temperature of the Gumbel-softmax at the first step of strategy 'dash'."}
+    )
+    temperature_end: float = field(
+        default=0.1, metadata={"help": "Temperature at the last step of strategy 'dash'; it falls geometrically."}
+    )
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -63,6 +79,17 @@ class ManticoreTrainingArguments(TrainingArguments):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"cost_weight: got {weight!r}, allowed is a finite number >= 0.")
         check_kind(self.cost_kind, "cost_kind")
+        if self.gaea_base not in GAEA_BASES:
+            raise ValueError(f"gaea_base: got {self.gaea_base!r}, allowed are {', '.join(map(repr, GAEA_BASES))}.")
+        for name in ("temperature_start", "temperature_end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value!r}, allowed is a finite number > 0.")
+        if self.temperature_end > self.temperature_start:
+            raise ValueError(
+                f"temperature_end: got {self.temperature_end!r}, allowed is at most temperature_start, "
+                f"{self.temperature_start!r}."
+            )
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(

@@ -1,6 +1,7 @@
 """The interface of search strategies, and the table of those there are."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,11 +24,15 @@ class SearchStrategy:
     The Trainer makes a fresh one for every `train`, and calls
 
         check                at construction of the Trainer, before anything is written
-        load_state_dict      when a checkpoint is resumed, before `begin`
+        uses_search_data     at construction of the Trainer: whether it must be given a `search_dataset`
+        attached             around a whole `train`, before the optimizer and wrappers exist
+        load_state_dict      when a checkpoint is resumed, before `begin`, and when the best one is loaded at the end
+        apply                after `load_state_dict`
         begin                when the optimizer exists and training starts
         before_step          before optimizer step n: its batches are drawn, no gradient is computed
         before_update        gradients of step n are complete and clipped, the optimizer has not stepped
         after_step           step n is done, gradients are gone, `trainer.state.global_step` is n + 1
+        logs                 when the Trainer logs the mixture weights
         state_dict           into every checkpoint, as `strategy_state.json`
 
     The hooks get the Trainer itself: `trainer.hybrid` is the model without wrappers, `trainer.state` has `global_step`
@@ -35,6 +40,7 @@ class SearchStrategy:
     """
 
     name: ClassVar[str] = ""
+    fixed_arguments: ClassVar[tuple[str, ...]] = ()  # arguments that a resumed run must share
 
     def __init__(self, args: "ManticoreTrainingArguments"):
         self.args = args
@@ -44,6 +50,14 @@ class SearchStrategy:
         Raises:
             ValueError: this strategy cannot search this model; names the field, what was given and what is allowed.
         """
+
+    def uses_search_data(self) -> bool:
+        """Whether mixture weights step on a split of their own, the Trainer's `search_dataset`."""
+        return False
+
+    def attached(self, trainer: "ManticoreTrainer") -> AbstractContextManager:
+        """What the model has only while it trains, and loses when that ends, also with an error."""
+        return nullcontext()
 
     def optimizer_parameters(self, mixtures: list[nn.Parameter]) -> list[nn.Parameter]:
         """Those of the mixture weights and learned gates that the Trainer's optimizer steps; the rest is yours."""
@@ -61,12 +75,19 @@ class SearchStrategy:
     def after_step(self, trainer: "ManticoreTrainer") -> None:
         """An optimizer step is done."""
 
+    def logs(self) -> dict[str, float]:
+        """Values to be logged beside the mixture weights."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+    def apply(self, hybrid: nn.Module) -> None:
+        """Put into the model what of the restored state belongs there and is not in its tensors."""
 
 
 STRATEGIES: dict[str, type[SearchStrategy]] = {}
@@ -96,6 +117,7 @@ def write_search_state(folder: Path, args: "ManticoreTrainingArguments", strateg
     """Write `strategy_state.json`, the last file of a checkpoint: the stage, and the state of its strategy."""
     state = {"stage": args.stage, "train_components": args.train_components, "strategy": None, "state": {}}
     if strategy is not None:
+        state |= {name: getattr(args, name) for name in strategy.fixed_arguments}
         state |= {"strategy": strategy.name, "state": strategy.state_dict()}
     (folder / STRATEGY_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -108,10 +130,12 @@ def read_search_state(folder: Path) -> dict[str, Any]:
 def check_search_state(folder: Path, args: "ManticoreTrainingArguments") -> None:
     """
     Raises:
-        ValueError: the checkpoint was written in another stage, by another strategy, or with other parameters trained.
+        ValueError: the checkpoint was written in another stage, by another strategy or with other arguments of it, or
+            with other parameters trained.
     """
     saved = read_search_state(folder)
-    for field in ("stage", "strategy", "train_components") if args.stage == "search" else ("stage",):
+    search = ("strategy", "train_components", *STRATEGIES[args.strategy].fixed_arguments)
+    for field in ("stage", *search) if args.stage == "search" else ("stage",):
         if saved[field] != getattr(args, field):
             raise ValueError(
                 f"{field}: got {getattr(args, field)!r}, but {str(folder)!r} was written with {saved[field]!r}; "

@@ -4,10 +4,12 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
@@ -18,6 +20,7 @@ from .adapters import check_adapters
 from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
 from .history import mixture_logs
+from .search_data import check_search_dataset, is_same_split
 from .stages import check_stage, frozen_for, mixture_parameters, unwrap
 from .strategy import (
     STRATEGY_STATE_NAME,
@@ -36,7 +39,11 @@ LOCAL_FILES = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, STRATEGY_STATE_NAME
 class ManticoreTrainer(Trainer):
     """
     Trains a hybrid in one of three stages (`ManticoreTrainingArguments.stage`; `search/stages.py` says what each
-    trains). Arguments are those of `transformers.Trainer`.
+    trains). Arguments are those of `transformers.Trainer`, and
+
+        search_dataset   rows on which mixture weights learn, for the strategies that want a split of their own
+                         ("darts", and "gaea" with gaea_base="darts"). Neither training nor evaluation data: what is
+                         the same object is refused, here and in `evaluate`.
 
     - Mixture weights and learned gates step with `mixture_learning_rate` and no weight decay. (An optimizer given
       through `optimizers` is used as it is.)
@@ -60,14 +67,18 @@ class ManticoreTrainer(Trainer):
         data_collator: Callable | None = None,
         train_dataset=None,
         eval_dataset=None,
+        *,
+        search_dataset=None,
         **kwargs,
     ):
         args = ManticoreTrainingArguments(output_dir="manticore_trainer") if args is None else args
         if not isinstance(args, ManticoreTrainingArguments):
             raise ValueError(f"args: got {type(args).__name__}, allowed is ManticoreTrainingArguments.")
         self.strategy: SearchStrategy | None = make_strategy(args) if args.stage == "search" else None
-        self._staging, self._cost_table = False, None
+        self._staging, self._cost_table, self.search_dataset = False, None, search_dataset
         check_datasets(args, train_dataset, eval_dataset)
+        needed = self.strategy is not None and self.strategy.uses_search_data()
+        check_search_dataset(args, needed, search_dataset, train_dataset, eval_dataset)
         if model is not None:
             self._check_model(model, args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
@@ -116,7 +127,8 @@ class ManticoreTrainer(Trainer):
             shutil.rmtree(Path(self._get_output_dir(trial), STAGING_DIR), ignore_errors=True)
         if self.strategy is not None:
             self.strategy, self._cost_table = make_strategy(self.args), None
-        with frozen_for(self.model, self.args.stage, self.args.train_components):
+        attached = nullcontext() if self.strategy is None else self.strategy.attached(self)
+        with frozen_for(self.model, self.args.stage, self.args.train_components), attached:
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -156,10 +168,23 @@ class ManticoreTrainer(Trainer):
         """As in transformers; while a search trains, what is logged has the mixture weights too (`logs` has not)."""
         mixture = {}
         if self.strategy is not None and self.is_in_train and not any(key.startswith("eval_") for key in logs):
-            mixture = mixture_logs(self.hybrid)
+            mixture = mixture_logs(self.hybrid) | self.strategy.logs()
         merged = logs | mixture
         super().log(merged, start_time)
         logs.update({key: value for key, value in merged.items() if key not in mixture})
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: the rows are those on which mixture weights learn.
+        """
+        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict)
+        rows = self.eval_dataset.get(eval_dataset) if named else eval_dataset
+        if is_same_split(self.search_dataset, rows):
+            raise ValueError("eval_dataset: got the search_dataset itself, allowed are rows that no step has seen.")
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -252,6 +277,7 @@ class ManticoreTrainer(Trainer):
             _read_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        self._load_strategy(self.state.best_model_checkpoint)
 
     def _model_is_whole(self) -> bool:
         """Whether checkpoints hold the whole hybrid: no adapter, no sharding by FSDP or DeepSpeed."""
@@ -259,8 +285,13 @@ class ManticoreTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.strategy is not None:
+        if checkpoint is not None:
+            self._load_strategy(checkpoint)
+
+    def _load_strategy(self, checkpoint: str) -> None:
+        if self.strategy is not None:
             self.strategy.load_state_dict(read_search_state(Path(checkpoint))["state"])
+            self.strategy.apply(self.hybrid)
 
 
 def _is_complete(folder: Path) -> bool:
