@@ -11,7 +11,7 @@ def set_mixture_kind(model: nn.Module, kind: str) -> None:
     """
     Change how mixture weights are parametrised, in place and without changing them: "softmax" for the strategies joint
     and darts, "gumbel_softmax" for dash, "simplex" for gaea. Weights of 0 become 1e-30 where they are kept as logits.
-    The mixtures' parameters are new ones, so do this before a trainer or an optimizer is made. Frozen ones stay frozen.
+    The mixtures' parameters are new ones, so do it before a trainer or an optimizer is made. Frozen ones stay frozen.
 
     Args:
         model: the hybrid, without adapters.
