@@ -1,5 +1,6 @@
 """Gradient strategies: the planted answer, formulas, splits, accumulation, resumption after a kill, bad input."""
 
+import copy
 import json
 import random
 import signal
@@ -282,6 +283,7 @@ def test_the_search_gradient_is_that_of_the_search_loss(tmp_path):
 
     trainer = trainer_of("darts", tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=3)
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # of the weight step, which may be an epoch's short last one
     with trainer.strategy.attached(trainer):
         trainer.strategy.begin(trainer)
         batches = trainer.strategy.batches.step()
@@ -290,6 +292,7 @@ def test_the_search_gradient_is_that_of_the_search_loss(tmp_path):
     joined = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     expected_loss = model(**joined).loss
     expected_loss.backward()
+    assert trainer.current_gradient_accumulation_steps == 1
     torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-5, rtol=1e-5)
     for gradient, block in zip(found, model.model.blocks):
         torch.testing.assert_close(gradient, block.mixture.parameter.grad, atol=1e-6, rtol=1e-4)
@@ -298,7 +301,7 @@ def test_the_search_gradient_is_that_of_the_search_loss(tmp_path):
 def test_the_search_split_is_an_endless_stream_of_permutations(tmp_path):
     trainer = trainer_of("darts", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     data = trainer.search_dataset
-    trainer.strategy.batches = batches = SearchBatchesOf(trainer)
+    trainer.strategy.batches = batches = stream_of(trainer)
     state = torch.get_rng_state()
     drawn = [row for _ in range(7) for batch in batches.step() for row in batch["input_ids"]]
     assert torch.equal(state, torch.get_rng_state())
@@ -306,7 +309,7 @@ def test_the_search_split_is_an_endless_stream_of_permutations(tmp_path):
     order = [names[tuple(row.tolist())] for row in drawn]
     epochs = [order[i : i + 7] for i in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(map(tuple, epochs))) > 1
-    again = SearchBatchesOf(trainer)
+    again = stream_of(trainer)
     again.load_state_dict(batches.state_dict() | {"taken": 12})
     rest = [names[tuple(row.tolist())] for _ in range(4) for batch in again.step() for row in batch["input_ids"]]
     assert rest == order[12:]
@@ -314,7 +317,21 @@ def test_the_search_split_is_an_endless_stream_of_permutations(tmp_path):
         again.load_state_dict({"taken": 0, "rows": 9, "seed": 42})
 
 
-def SearchBatchesOf(trainer):
+@pytest.mark.parametrize("variant", ["darts", "gaea_darts"])
+def test_the_cost_term_is_in_the_search_loss_once(variant, tmp_path):
+    def weights(size, parts, cost):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "cost_weight": cost}
+        trainer = trainer_of(variant, tmp_path, max_steps=3, max_grad_norm=0.0, **options)
+        trainer.train()
+        return torch.stack(trainer.model.mixture_weights()).detach(), trainer.state.log_history[1]["search_loss"]
+
+    (whole, loss), (parts, other), (free, without) = weights(8, 1, 5.0), weights(2, 4, 5.0), weights(2, 4, 0.0)
+    torch.testing.assert_close(parts, whole, atol=2e-5, rtol=0)
+    assert other == pytest.approx(loss, abs=1e-5) and other > without + 1
+    assert (free - whole).abs().max() > 1e-3
+
+
+def stream_of(trainer):
     from modeling_manticore.search.search_data import SearchBatches
 
     return SearchBatches(trainer)
@@ -506,7 +523,7 @@ def test_two_datasets_of_one_origin_are_one_split(tmp_path):
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
     args = arguments(tmp_path, strategy="darts")
     with pytest.raises(ValueError, match="search_dataset: got the train_dataset itself"):
-        ManticoreTrainer(supernet("softmax"), args, train_dataset=data, search_dataset=data.select(range(8)))
+        ManticoreTrainer(supernet("softmax"), args, train_dataset=data, search_dataset=copy.copy(data))
     halves = data.train_test_split(0.5, seed=0)
     columns = halves["test"].add_column("note", ["x"] * 4)
     ManticoreTrainer(

@@ -120,6 +120,7 @@ def search_gradients(
         scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     whole = torch.zeros((), device=args.device)
+    parts, trainer.current_gradient_accumulation_steps = trainer.current_gradient_accumulation_steps, len(batches)
     with put_in(parameters):
         for batch in batches:
             with trainer.compute_loss_context_manager():
@@ -129,6 +130,7 @@ def search_gradients(
             for total, gradient in zip(totals, found):
                 total += gradient
             whole += loss.detach()
+    trainer.current_gradient_accumulation_steps = parts
     totals = [trainer.accelerator.reduce(total, reduction="mean") for total in totals]
     if args.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(
