@@ -16,6 +16,7 @@ from modeling_manticore import ManticoreTrainer, ManticoreTrainingArguments
 
 
 ROWS = [{"input_ids": row, "labels": row} for row in tokens(24, 10, seed=3)]
+SEARCH = [{"input_ids": row, "labels": row} for row in tokens(14, 10, seed=4)]
 
 
 def take_cpu_processes_for_devices() -> None:
@@ -42,7 +43,10 @@ def main() -> None:
     options |= {key: json.loads(value) for key, value in (word.split("=", 1) for word in rest if "=" in word)}
     arguments = TrainingArguments(**options) if stock else ManticoreTrainingArguments(**options)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    trainer = (Trainer if stock else ManticoreTrainer)(model=model, args=arguments, train_dataset=ROWS)
+    data = {"train_dataset": ROWS}
+    if options.get("strategy") == "darts" or options.get("gaea_base") == "darts":
+        data["search_dataset"] = SEARCH
+    trainer = (Trainer if stock else ManticoreTrainer)(model=model, args=arguments, **data)
     trainer.train(resume_from_checkpoint="--resume" in rest or None)
     wrapped = type(trainer.model_wrapped).__name__
     trainer.save_model()

@@ -12,6 +12,7 @@ from tiny import component, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_manticore import ManticoreForCausalLM, discretize
+from modeling_manticore.search import set_mixture_kind
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -103,6 +104,31 @@ def test_two_processes_equal_one(kind, tmp_path):
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         with torch.no_grad():
             torch.testing.assert_close(loaded(tokens()).logits, two["logits"], atol=1e-5, rtol=0)
+
+
+STRATEGIES = {
+    "darts": ("softmax", ['strategy="darts"']),
+    "gaea": ("simplex", ['strategy="gaea"']),
+    "gaea on darts": ("simplex", ['strategy="gaea"', 'gaea_base="darts"']),
+    "dash": ("gumbel_softmax", ['strategy="dash"']),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_on_two_processes_equal_one(name, tmp_path):
+    mixture, words = STRATEGIES[name]
+    model = HYBRIDS["supernet"]()
+    set_mixture_kind(model, mixture)
+    model.save_pretrained(tmp_path / "model")
+    words = [*SGD, 'stage="search"', "mixture_learning_rate=0.1", *words]
+    one = launch(tmp_path / "model", tmp_path / "one", *words, processes=1)
+    two = launch(tmp_path / "model", tmp_path / "two", *words)
+    assert two["wrapped"] == "DistributedDataParallel"
+    assert_same_logs(one, two)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    if name == "darts":
+        with pytest.raises(AssertionError, match="strategy: got 'darts' under FSDP, allowed with it"):
+            launch(tmp_path / "model", tmp_path / "sharded", *words, fsdp={})
 
 
 def test_the_stock_trainer_trains_mixtures_too(tmp_path):

@@ -58,7 +58,7 @@ class DartsStrategy(SearchStrategy):
     @contextmanager
     def attached(self, trainer: "ManticoreTrainer") -> Iterator[None]:
         """Mixture weights are constants for the weight step."""
-        self.parameters = mixture_points(trainer.hybrid)
+        self.parameters = mixture_points(trainer)
         with taken_out(self.parameters):
             yield
 

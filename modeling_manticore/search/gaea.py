@@ -60,7 +60,7 @@ class GaeaStrategy(SearchStrategy):
     @contextmanager
     def attached(self, trainer: "ManticoreTrainer") -> Iterator[None]:
         """In the alternating variant mixture weights are constants for the weight step."""
-        self.parameters = mixture_points(trainer.hybrid)
+        self.parameters = mixture_points(trainer)
         with taken_out(self.parameters if self.uses_search_data() else []):
             yield
 

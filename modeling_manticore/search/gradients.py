@@ -34,17 +34,12 @@ def check_own_steps(args: "ManticoreTrainingArguments", hybrid: nn.Module) -> No
     What a strategy needs that steps mixture weights outside the Trainer's optimizer.
 
     Raises:
-        ValueError: float16 (its loss scale is the optimizer's), DeepSpeed, FSDP or nn.DataParallel (the mixture
-            weights are not whole on every process), reentrant checkpointing, or no weight but the mixture's trains.
+        ValueError: float16 (its loss scale is the optimizer's), several devices in one process, reentrant
+            checkpointing, or no weight but the mixture's trains.
     """
     name = args.strategy
     if args.fp16:
         raise ValueError(f"fp16: got True with strategy={name!r}, allowed are bf16=True and float32.")
-    if args.deepspeed or args.fsdp:
-        field = "deepspeed" if args.deepspeed else "fsdp"
-        raise ValueError(
-            f"{field}: got {getattr(args, field)!r} with strategy={name!r}, allowed is DDP or one process."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             f"strategy: got {name!r} with {args.n_gpu} devices in one process, allowed is torchrun (DDP)."
@@ -63,9 +58,20 @@ def check_own_steps(args: "ManticoreTrainingArguments", hybrid: nn.Module) -> No
         )
 
 
-def mixture_points(hybrid: nn.Module) -> list[nn.Parameter]:
-    """The mixture parameters that are not frozen, in the order of the blocks, each (paths,), float32."""
-    return [module.parameter for module in mixture_modules(hybrid) if module.parameter.requires_grad]
+def mixture_points(trainer: "ManticoreTrainer") -> list[nn.Parameter]:
+    """
+    The mixture parameters that are not frozen, in the order of the blocks, each (paths,), float32.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed, which would leave no process the whole hybrid for a mixture step.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"strategy: got {trainer.args.strategy!r} under {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'}, "
+            "allowed with it are one process and DDP; 'joint' and 'dash' run under all of them."
+        )
+    modules = mixture_modules(trainer.hybrid)
+    return [module.parameter for module in modules if module.parameter.requires_grad]
 
 
 @contextmanager
