@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo as dynamo
-from tiny import component, tokens
+from tiny import FAMILIES, component, tokens
 
 from modeling_manticore import ManticoreForCausalLM, discretize
 
@@ -53,6 +53,21 @@ def test_compiled_by_dynamo(kind, families):
     graphs = decode_and_compare(model, torch.compile(model, backend="eager", fullgraph=True))
     assert not dynamo.utils.counters["graph_break"]
     assert graphs[0] == 2 and graphs[-1] <= 4 and graphs[3:] == graphs[-1:] * 4  # then one graph serves any length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_no_family_breaks_the_graph(family):
+    """A full forward and a decode step, each as one graph (`fullgraph` raises at the first break)."""
+    model, ids = hybrid("discretized", "gpt_neox", family), tokens(2, 6)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+    caches = [model(ids[:, :5], use_cache=True).past_key_values for _ in range(2)]
+    steps = [run(ids[:, 5:], past_key_values=cache, use_cache=True) for run, cache in zip((model, compiled), caches)]
+    torch.testing.assert_close(steps[1].logits, steps[0].logits, atol=1e-5, rtol=0)
+    assert not dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow
