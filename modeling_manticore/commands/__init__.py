@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a saved hybrid: its projectors, its mixture weights, or everything",
     "search": "find the best discrete hybrid without training, or after a little, under limits on its cost",
     "discretize": "keep one path per block of a saved supernet, with fitted bridges, save it",
+    "mad": "train small models, or a small hybrid, on the six synthetic tasks of MAD, and measure them",
     "evaluate": "loss, perplexity and next-token accuracy of a saved model on texts",
 }
 

@@ -65,8 +65,8 @@ def fuzzy_recall(
 
 def _keys(setting: MadSetting, rows: int, draws: Draws, evaluated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Keys in the order of time, more than fit: tokens (motif_size, rows * pairs), 0 beyond a key's length; lengths (rows,
-    pairs); and the first pair of the row with the same key (rows, pairs).
+    Keys in the order of time, more than fit: tokens (motif_size, rows * pairs), 0 beyond a key's length; lengths
+    (rows, pairs); and the first pair of the row with the same key (rows, pairs).
     """
     size, length, known_keys = setting.motif_size, setting.sequence_length, (setting.vocab_size - 1) // 2
     if evaluated:

@@ -1,6 +1,6 @@
 """
-In-context recall, plain and noisy: pairs of a key and a value, with a new mapping in every row. When a key comes again,
-its value follows from the row.
+In-context recall, plain and noisy: pairs of a key and a value, with a new mapping in every row. When a key comes
+again, its value follows from the row.
 """
 
 import numpy as np
