@@ -147,10 +147,10 @@ def test_few_different_rows_are_told_apart_or_refused():
 
 
 DIGESTS = {
-    "in-context-recall": "0f50f3548678f682",
-    "fuzzy-in-context-recall": "d43b90f99a2d5c38",
-    "noisy-in-context-recall": "3640023299c86458",
-    "selective-copying": "d1b085e2c478082e",
+    "in-context-recall": "a5728069cb4bd884",
+    "fuzzy-in-context-recall": "71931ba09e60cbcd",
+    "noisy-in-context-recall": "e4b88c6988438d5c",
+    "selective-copying": "5c21e7d0133dd640",
     "memorization": "1b64f8c8cde022ea",
     "compression": "22b9af1784b0e411",
 }
@@ -271,6 +271,16 @@ def test_smallest_settings():
         setting = setting_of(task, train_rows=2, **changes)
         for input_ids, labels in make_splits(setting, 1, 1).values():
             np.testing.assert_array_equal(labels, solved(setting, input_ids))
+
+
+@pytest.mark.parametrize("task, vocab_size", [(task, size) for task in SOLVERS for size in (37, 201, 5000)])
+def test_other_vocabularies(task, vocab_size):
+    setting = setting_of(task, vocab_size=vocab_size, train_rows=100)
+    for input_ids, labels in make_splits(setting, 50, 50).values():
+        np.testing.assert_array_equal(labels, solved(setting, input_ids))
+
+
+def test_motifs_of_one_token():
     short = setting_of("fuzzy-in-context-recall", motif_size=1, vocab_size=5, sequence_length=10, train_rows=9)
     assert len(make_splits(short, 2, 2)["train"][0]) == 9
 

@@ -15,17 +15,18 @@ def selective_copying(
     blank is the last token of the vocabulary but one, the copy token the last.
 
     Returns:
-        input_ids and labels, (rows, sequence_length) int64. The copy token predicts the first label, the blanks the
+        input_ids and labels, (rows, sequence_length) int32. The copy token predicts the first label, the blanks the
         others.
     """
     copies, blank = setting.copies, setting.vocab_size - 2
     blanks = setting.sequence_length - 2 * copies - 1
     tokens = draws.below(blank, rows, copies)
-    gaps = draws.below(copies + 1, rows, blanks) + np.arange(rows)[:, None] * (copies + 1)
+    each = np.arange(rows)[:, None]
+    gaps = draws.below(copies + 1, rows, blanks) + each * (copies + 1)
     in_gap = np.bincount(gaps.ravel(), minlength=rows * (copies + 1)).reshape(rows, copies + 1)
     places = np.arange(copies) + in_gap[:, :copies].cumsum(axis=1)
-    input_ids = np.full((rows, setting.sequence_length), blank, dtype=np.int64)
-    np.put_along_axis(input_ids, places, tokens, axis=1)
+    input_ids = np.full((rows, setting.sequence_length), blank, dtype=np.int32)
+    input_ids.ravel()[places + each * setting.sequence_length] = tokens
     input_ids[:, copies + blanks] = setting.vocab_size - 1
     labels = np.full_like(input_ids, -100)
     labels[:, -copies:] = tokens
@@ -34,11 +35,11 @@ def selective_copying(
 
 def facts(setting: MadSetting, draws: Draws) -> np.ndarray:
     """
-    The value of every key of the memorization task, (keys,) int64: keys are the lower half of the vocabulary without
+    The value of every key of the memorization task, (keys,) int32: keys are the lower half of the vocabulary without
     its last token, values different tokens of the upper half.
     """
     keys = (setting.vocab_size - 1) // 2
-    return keys + draws.permutations(1, setting.vocab_size - 1 - keys)[0, :keys]
+    return draws.permutations(1, setting.vocab_size - 1 - keys)[0, :keys].astype(np.int32) + np.int32(keys)
 
 
 def memorization(
@@ -53,7 +54,7 @@ def memorization(
         values: what `facts` gave.
 
     Returns:
-        input_ids and labels, (rows, sequence_length) int64.
+        input_ids and labels, (rows, sequence_length) int32.
     """
     known, pairs = len(values), setting.sequence_length // 2
     if evaluated:
@@ -61,10 +62,10 @@ def memorization(
     else:
         decks = draws.permutations(-(-rows * pairs // known), known)
         keys = decks.ravel()[: rows * pairs].reshape(rows, pairs)
-    input_ids = np.full((rows, pairs, 2), setting.vocab_size - 1, dtype=np.int64)
+    input_ids = np.full((rows, pairs, 2), setting.vocab_size - 1, dtype=np.int32)
     input_ids[:, :, 0] = keys
     labels = np.full_like(input_ids, -100)
-    labels[:, :, 1] = values[keys]
+    labels[:, :, 1] = values.take(keys)
     return input_ids.reshape(rows, -1), labels.reshape(rows, -1)
 
 
@@ -76,10 +77,10 @@ def compression(
     at that token. So the labels are not for a shifted loss: label i is token i, and the last one is -100.
 
     Returns:
-        input_ids and labels, (rows, sequence_length) int64.
+        input_ids and labels, (rows, sequence_length) int32.
     """
     carrier = setting.vocab_size - 1
-    input_ids = np.full((rows, setting.sequence_length), carrier, dtype=np.int64)
+    input_ids = np.full((rows, setting.sequence_length), carrier, dtype=np.int32)
     input_ids[:, :-1] = draws.below(carrier, rows, setting.sequence_length - 1)
     labels = input_ids.copy()
     labels[:, -1] = -100

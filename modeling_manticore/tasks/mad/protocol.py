@@ -208,6 +208,7 @@ def _trainer(
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     shift = setting.task != "compression"
 

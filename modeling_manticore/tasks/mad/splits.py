@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 # Tokens that are made at a time: what is at work fits the processor's cache. It is part of what a seed means.
-CHUNK = 2**17
+CHUNK = 2**16
 ROUNDS = 20
 AGAIN = 256
 
@@ -91,7 +91,7 @@ def make_splits(
     setting: MadSetting, validation_rows: int = VALIDATION_ROWS, test_rows: int = TEST_ROWS, seed: int = 0
 ) -> dict[str, Rows]:
     """
-    The rows of `mad` as arrays: input_ids and labels, (rows, sequence_length) int64, of every split.
+    The rows of `mad` as arrays: input_ids and labels, (rows, sequence_length) int32, of every split.
 
     Raises:
         ValueError: as `mad`.
@@ -158,7 +158,7 @@ def _dataset(input_ids: np.ndarray, labels: np.ndarray) -> "Dataset":
     rows, length = input_ids.shape
     offsets = np.arange(rows + 1, dtype=np.int32) * length
     columns = {
-        name: pyarrow.ListArray.from_arrays(offsets, pyarrow.array(column.ravel()))
+        name: pyarrow.ListArray.from_arrays(offsets, pyarrow.array(column.ravel().astype(np.int64)))
         for name, column in (("input_ids", input_ids), ("labels", labels))
     }
     return Dataset(pyarrow.table(columns))
