@@ -181,8 +181,7 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_recall_is_learned():
-    setting = setting_of("in-context-recall", sequence_length=32, train_rows=3200)
-    preset = replace(PRESETS["cpu"], settings=(setting,), learning_rates=(3e-3,), epochs=12)
+    preset = replace(preset_of("cpu", ["in-context-recall"]), learning_rates=(3e-3,))
     assert run_mad(preset, "hybrid", progress=False)["mean"] > 0.9
 
 

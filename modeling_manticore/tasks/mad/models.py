@@ -35,7 +35,7 @@ def model_of(architecture: str, setting: MadSetting, hidden_size: int, layers: i
 def configuration_of(architecture: str, setting: MadSetting, hidden_size: int, layers: int) -> PreTrainedConfig:
     """
     Layers are counted as in MAD, where a layer mixes either the sequence or the channels: a GPT-NeoX layer is two, a
-    Mamba-2 layer one. The hybrid's first half are GPT-NeoX layers, its second half Mamba-2 layers.
+    Mamba-2 layer one. The hybrid's first half are Mamba-2 layers, its second half GPT-NeoX layers.
 
     Raises:
         ValueError: an unknown architecture, a hidden size that is no multiple of 32, or layers that are not even
@@ -69,8 +69,8 @@ def configuration_of(architecture: str, setting: MadSetting, hidden_size: int, l
     )
     if architecture == "hybrid":
         blocks = [
-            [{"component": 0, "start": 0, "stop": layers // 4}],
-            [{"component": 1, "start": layers // 2, "stop": layers}],
+            [{"component": 0, "start": 0, "stop": layers // 2}],
+            [{"component": 1, "start": layers // 4, "stop": layers // 2}],
         ]
-        return ManticoreConfig(components=[attention, space], blocks=blocks, use_cache=False)
+        return ManticoreConfig(components=[space, attention], blocks=blocks, use_cache=False)
     return attention if architecture == "gpt_neox" else space

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .metric import token_accuracy
 from .models import configuration_of, model_of
@@ -62,7 +62,7 @@ class Preset:
         return self.epochs * -(-setting.train_rows // self.batch_size)
 
 
-_SMALL = {"sequence_length": 64, "train_rows": 3200}
+_SMALL = {"sequence_length": 32, "train_rows": 3200}
 PRESETS = {
     "cpu": Preset(
         settings=(
@@ -75,7 +75,7 @@ PRESETS = {
         ),
         learning_rates=(1e-3, 3e-3),
         weight_decays=(0.0,),
-        batch_size=64,
+        batch_size=32,
         epochs=8,
         hidden_size=64,
         layers=4,
@@ -215,7 +215,7 @@ def _trainer(
     def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         return {"accuracy": token_accuracy(prediction.predictions, prediction.label_ids, shift)["accuracy"]}
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -223,6 +223,8 @@ def _trainer(
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
         callbacks=[_Steps(bar)],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class _Steps(TrainerCallback):
