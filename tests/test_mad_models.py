@@ -87,8 +87,8 @@ def test_metric_of_evaluate(tmp_path):
     metric.add_batch(predictions=predictions[:1], references=references[:1])
     metric.add_batch(predictions=predictions[1:], references=references[1:])
     expected = token_accuracy(np.array(predictions), np.array(references))
-    assert metric.compute(shift=True) == expected
-    assert metric.compute(predictions=references, references=references)["accuracy"] == 1
+    assert metric.compute() == expected
+    assert metric.compute(predictions=references, references=references, shift=False)["accuracy"] == 1
 
 
 def test_presets():

@@ -8,8 +8,8 @@ from .metric import IGNORED, token_accuracy
 
 class TokenAccuracy(evaluate.Metric):
     """
-    Predictions and references are token ids, one list per row. `shift=True` compares the prediction at position i - 1
-    with reference i.
+    Predictions and references are lists of token ids of one length. As in `token_accuracy`, the prediction at i - 1
+    is compared with reference i, unless `shift=False`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -21,7 +21,7 @@ class TokenAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": tokens, "references": tokens}),
         )
 
-    def _compute(self, predictions: list, references: list, shift: bool = False) -> dict[str, float | int]:
+    def _compute(self, predictions: list, references: list, shift: bool = True) -> dict[str, float | int]:
         """
         Raises:
             ValueError: as `token_accuracy`.
