@@ -11,6 +11,10 @@ STRATEGIES = {
     "about 0.02 of a fine-tuning on a million tokens)",
     "sweep": "loss on a grid of mixture weights, all frozen, small blocks only (one evaluation per point)",
     "joint": "mixture and weights step together, by `manticore train` (up to K times: all K components run)",
+    "gaea": "as joint or darts, exponentiated gradient on the simplex (as its base)",
+    "dash": "as joint, with Gumbel noise of falling temperature (as joint)",
+    "darts": "mixture and weights step in turn, each on its own split, by `ManticoreTrainer(search_dataset=...)` "
+    "in Python (about twice joint)",
 }
 RELATIVE = (
     "stitch with --halving adds about half a fine-tuning for 8 hybrids (4 of them at 5 %% of the tokens, 2 at 15 %%)"

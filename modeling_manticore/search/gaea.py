@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .gradients import check_kind, check_own_steps, mixture_points, mixture_rate, search_gradients, taken_out
+from .gradients import (
+    check_kind,
+    check_own_steps,
+    gates_among,
+    mixture_points,
+    mixture_rate,
+    search_gradients,
+    taken_out,
+)
 from .search_data import SearchBatches
 from .strategy import STRATEGIES, SearchStrategy
 
@@ -54,8 +62,8 @@ class GaeaStrategy(SearchStrategy):
         check_own_steps(self.args, hybrid)
 
     def optimizer_parameters(self, mixtures: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Learned gates (scalars) only."""
-        return [parameter for parameter in mixtures if parameter.ndim == 0]
+        """Learned gates only."""
+        return gates_among(mixtures)
 
     @contextmanager
     def attached(self, trainer: "ManticoreTrainer") -> Iterator[None]:

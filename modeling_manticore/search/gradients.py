@@ -58,6 +58,11 @@ def check_own_steps(args: "ManticoreTrainingArguments", hybrid: nn.Module) -> No
         )
 
 
+def gates_among(mixtures: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The learned gates, one number each, among mixture parameters; a point has two paths or more."""
+    return [parameter for parameter in mixtures if parameter.numel() == 1]
+
+
 def mixture_points(trainer: "ManticoreTrainer") -> list[nn.Parameter]:
     """
     The mixture parameters that are not frozen, in the order of the blocks, each (paths,), float32.
