@@ -60,7 +60,7 @@ def test_the_whole_path(folders, tmp_path, capsys):
     recipe.write_text(json.dumps(settings))  # JSON is YAML
     assert not main(["train", str(recipe), "--max_steps", "3"])
     assert "held-out loss" in capsys.readouterr().out
-    assert (Path(searched) / "mixture_weights.png").is_file()
+    assert (Path(searched) / "report" / "mixture_weights.png").is_file()
     before, after = (AutoModelForCausalLM.from_pretrained(name) for name in (supernet, searched))
     assert not torch.equal(before.mixture_weights()[0], after.mixture_weights()[0])
 
@@ -96,7 +96,7 @@ def test_search(folders, tmp_path, capsys):
     assert hybrid.config.is_discretized
     report = json.loads((Path(first) / "report" / "stitch.json").read_text())
     assert len(report["candidates"]) == 3 and "0.15" in report["candidates"][0]["tuned"]
-    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png"} == {
+    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png", "components.png"} == {
         path.name for path in (Path(first) / "report").iterdir()
     }
     assert not main(["search"] + options(output_folder=second, strategy="sweep", divisions=2, **settings))

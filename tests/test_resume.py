@@ -183,7 +183,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     for ours, theirs in zip(courses(folder), courses(reference), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
     assert [path.name for path in checkpoints(folder)] == [path.name for path in checkpoints(reference)]
-    assert (folder / "mixture_weights.png").stat().st_size > 1000
+    assert (folder / "report" / "mixture_weights.png").stat().st_size > 1000
     assert not list(folder.glob("_*")) and not list(folder.glob(".*"))
 
 

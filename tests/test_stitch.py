@@ -167,7 +167,12 @@ def test_report_folder(tmp_path):
     report = stitch(model, CALIBRATION, SCORED, folder=tmp_path / "report", keep=2, progress=False)
     saved = json.loads((tmp_path / "report" / "stitch.json").read_text())
     assert [c["choice"] for c in saved["candidates"]] == [c.choice for c in report.candidates]
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["blocks.png", "pareto.png", "stitch.json"]
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+        "blocks.png",
+        "components.png",
+        "pareto.png",
+        "stitch.json",
+    ]
     assert len(str(report).splitlines()) == 4 and report.best.slices in str(report)
     for kind in ("parameters", "cache_bytes_per_token", "flops_per_token"):
         front = report.pareto(kind)

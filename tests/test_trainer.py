@@ -96,7 +96,7 @@ def test_logs_and_picture_of_the_mixture(tmp_path):
     for b, point in enumerate(model.mixture_weights()):
         assert [last[f"mixture/block_{b}/path_{p}"] for p in range(2)] == pytest.approx(point.tolist())
         assert last[f"mixture/block_{b}/entropy"] == pytest.approx(torch.special.entr(point).sum().item())
-    picture = (tmp_path / "mixture_weights.png").read_bytes()
+    picture = (tmp_path / "report" / "mixture_weights.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     assert not any(name.startswith(".") for name in map(str, tmp_path.iterdir()))
 

@@ -5,7 +5,7 @@ from .darts import DartsStrategy
 from .dash import DashStrategy
 from .gaea import GaeaStrategy
 from .joint import JointStrategy
-from .mixture_kind import set_mixture_kind
+from .mixture_kind import set_mixture_kind, suit_mixture
 from .stages import STAGES
 from .strategy import STRATEGIES, SearchStrategy, make_strategy
 from .trainer import ManticoreTrainer
@@ -23,4 +23,5 @@ __all__ = [
     "SearchStrategy",
     "make_strategy",
     "set_mixture_kind",
+    "suit_mixture",
 ]

@@ -9,7 +9,7 @@ from transformers.trainer_utils import HubStrategy, has_length
 
 from ..building.costs import check_kind
 from .stages import STAGES
-from .strategy import check_strategy_name
+from .strategy import STRATEGIES, check_strategy_name
 
 
 GAEA_BASES = ("joint", "darts")
@@ -34,9 +34,13 @@ class ManticoreTrainingArguments(TrainingArguments):
     strategy: str = field(
         default="joint", metadata={"help": "How stage 'search' finds mixture weights; see modeling_manticore.search."}
     )
-    mixture_learning_rate: float = field(
-        default=1e-2,
-        metadata={"help": "Learning rate of mixture weights and learned gates, scheduled like the other."},
+    mixture_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of mixture weights and learned gates, scheduled like the other. By default the "
+            "strategy's own: 0.1 for gaea, whose steps have no momentum, else 0.01. Learned gates step with the "
+            "optimizer's weights, whatever the strategy."
+        },
     )
     train_components: bool = field(
         default=True, metadata={"help": "Whether stage 'search' also trains the components' own weights."}
@@ -70,6 +74,8 @@ class ManticoreTrainingArguments(TrainingArguments):
         if self.stage not in STAGES:
             raise ValueError(f"stage: got {self.stage!r}, allowed are {', '.join(map(repr, STAGES))}.")
         check_strategy_name(self.strategy)
+        if self.mixture_learning_rate is None:
+            self.mixture_learning_rate = STRATEGIES[self.strategy].default_rate
         rate = self.mixture_learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate < 0:
             raise ValueError(f"mixture_learning_rate: got {rate!r}, allowed is a finite number >= 0.")

@@ -1,35 +1,29 @@
-"""The callback through which the Trainer's loop calls a search strategy, and which draws the course of the mixture."""
+"""The callback through which the Trainer's loop calls a search strategy, shows the best choice, and reports it."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
-from transformers.utils import logging
+from transformers import ProgressCallback, TrainerCallback
 
-from .history import path_names, plot_mixtures
+from .history import points_in
+from .search_report import best_choice_of, probability_of, report_of
 
 
 if TYPE_CHECKING:
     from .trainer import ManticoreTrainer
 
 
-logger = logging.get_logger(__name__)
-
-PLOT_NAME = "mixture_weights.png"
+REPORT_DIR = "report"
 
 
 class StrategyCallback(TrainerCallback):
     """
-    Calls the hooks of `trainer.strategy` around every optimizer step, logs the mixture before the first, and writes
-    `mixture_weights.png` into `output_dir` after the last.
+    Calls the hooks of `trainer.strategy` around every optimizer step, logs the mixture before the first, shows the
+    best choice so far behind the progress bar, and writes the folder `report` into `output_dir` after the last.
     """
 
     def __init__(self, trainer: "ManticoreTrainer"):
         self.trainer = trainer
-        self.can_draw = importlib.util.find_spec("matplotlib") is not None
-        if not self.can_draw:
-            logger.warning(f"matplotlib is not installed: {PLOT_NAME} will not be drawn.")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.strategy.begin(self.trainer)
@@ -45,6 +39,21 @@ class StrategyCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.strategy.after_step(self.trainer)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        callbacks, hybrid = self.trainer.callback_handler.callbacks, self.trainer.hybrid
+        bars = [c.training_bar for c in callbacks if isinstance(c, ProgressCallback) and c.training_bar is not None]
+        weights = points_in(logs or {}, [len(block) for block in hybrid.config.blocks])
+        if not bars or weights is None:
+            return
+        budget = self.trainer.budget
+        table = None if budget is None else self.trainer.cost_table()
+        choice = best_choice_of(hybrid, weights, table, budget)
+        words = f"best {','.join(map(str, choice))} (p {probability_of(weights, choice):.2g})"
+        for bar in bars:
+            bar.set_postfix_str(words, refresh=False)
+
     def on_train_end(self, args, state, control, **kwargs):
-        if self.can_draw and args.should_save:
-            plot_mixtures(state.log_history, Path(args.output_dir, PLOT_NAME), path_names(self.trainer.hybrid))
+        report = report_of(self.trainer, self.trainer.cost_table())
+        self.trainer.search_report = report
+        if args.should_save:
+            report.save(Path(args.output_dir, REPORT_DIR), state.log_history)

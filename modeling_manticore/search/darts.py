@@ -33,11 +33,13 @@ class DartsStrategy(SearchStrategy):
         w <- w - lr(n) * optimizer(grad_w L_train(w, a))      on a batch of `train_dataset`, as the Trainer does it
 
     `a` are the logits of the mixtures. Their Adam has the betas and epsilon of the arguments and no weight decay.
-    Learned gates belong to projectors and step with the weights. Both batches have the same size. A step costs a
-    forward pass and a backward pass through activations more than a plain one.
+    Learned gates belong to projectors and step with the weights, by the optimizer, at `mixture_learning_rate` too.
+    Both batches have the same size. A step costs a forward pass and a backward pass through activations more than a
+    plain one.
     """
 
     name = "darts"
+    kinds = ("softmax", "gumbel_softmax")
 
     def __init__(self, args: "ManticoreTrainingArguments"):
         super().__init__(args)
@@ -56,7 +58,7 @@ class DartsStrategy(SearchStrategy):
         Raises:
             ValueError: a mixture of points of the simplex, or what `check_own_steps` says.
         """
-        check_kind(self.name, hybrid, ("softmax", "gumbel_softmax"))
+        check_kind(self.name, hybrid, self.kinds)
         check_own_steps(self.args, hybrid)
 
     def optimizer_parameters(self, mixtures: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -28,10 +28,14 @@ class DashStrategy(SearchStrategy):
     block, from a generator seeded with (seed, n): micro-batches and processes of one step see one sample, so a step
     does not depend on how its batch is cut, and a resumed run draws what the uninterrupted one would have.
     Evaluation has no noise: softmax(logits / T_n). The temperature is written into the model's configuration, so that
-    a saved hybrid has the weights that were evaluated. A search starts from the weights the hybrid has.
+    a saved hybrid has the weights that were evaluated, and it stays there: a reloaded one evaluates, fine-tunes and
+    is discretized with T_end. Another search by dash starts from the weights the hybrid has, at T_start. "joint" and
+    "darts" on such a hybrid would draw noise and step logits at T_end; `set_mixture_kind(model, kind,
+    temperature=1.0)` keeps the weights and takes the temperature off.
     """
 
     name = "dash"
+    kinds = ("gumbel_softmax",)
     fixed_arguments = ("temperature_start", "temperature_end")
 
     def __init__(self, args: "ManticoreTrainingArguments"):
@@ -45,7 +49,7 @@ class DashStrategy(SearchStrategy):
         Raises:
             ValueError: mixture weights without Gumbel noise.
         """
-        check_kind(self.name, hybrid, ("gumbel_softmax",))
+        check_kind(self.name, hybrid, self.kinds)
 
     @contextmanager
     def attached(self, trainer: "ManticoreTrainer") -> Iterator[None]:

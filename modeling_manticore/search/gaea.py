@@ -35,11 +35,14 @@ class GaeaStrategy(SearchStrategy):
         a_i <- a_i exp(-rate(n) g_i) / Z,   g = grad_a L,   Z so that sum_i a_i = 1
 
     With `gaea_base="joint"`, g is the (clipped) gradient of the weight step; with "darts" that of a batch of the
-    search split, before every weight step. Learned gates belong to projectors and step with the weights. There is no
-    momentum: useful rates are larger than Adam's, such as 0.1 to 1.
+    search split, before every weight step. There is no momentum: useful rates are larger than Adam's, such as 0.1 (the
+    default) to 1. Learned gates belong to projectors and step with the weights, by the optimizer, at
+    `mixture_learning_rate` too.
     """
 
     name = "gaea"
+    kinds = ("simplex",)
+    default_rate = 0.1
     fixed_arguments = ("gaea_base",)
 
     def __init__(self, args: "ManticoreTrainingArguments"):
@@ -58,7 +61,7 @@ class GaeaStrategy(SearchStrategy):
         Raises:
             ValueError: mixture weights that are not points of the simplex, or what `check_own_steps` says.
         """
-        check_kind(self.name, hybrid, ("simplex",))
+        check_kind(self.name, hybrid, self.kinds)
         check_own_steps(self.args, hybrid)
 
     def optimizer_parameters(self, mixtures: list[nn.Parameter]) -> list[nn.Parameter]:

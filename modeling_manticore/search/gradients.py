@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .search_report import tokens_in
 from .stages import mixture_modules, trainable_ids
 
 
@@ -124,6 +125,7 @@ def search_gradients(
     model.train()
     if callable(getattr(trainer.optimizer, "train", None)):
         trainer.optimizer.train()
+    trainer.effort.search_tokens += sum(map(tokens_in, batches)) * args.world_size
     batches = [trainer._prepare_inputs(batch) for batch in batches]
     items = trainer._get_num_items_in_batch(batches, args.device)
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)

@@ -1,11 +1,13 @@
 """The course of the mixture weights: values for the logs, and a picture made from the logs."""
 
-import os
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
+
+from .pictures import SMALL, new_figure, write_figure
 
 
 KEY = re.compile(r"mixture/block_(\d+)/(?:path_(\d+)|entropy)")
@@ -23,11 +25,63 @@ def mixture_logs(hybrid: nn.Module) -> dict[str, float]:
     return logs
 
 
-def path_names(hybrid: nn.Module) -> list[list[str]]:
-    """A label for every path of every block: its component's family and its layers."""
-    config = hybrid.config
+def points_in(logs: dict[str, float], paths: list[int]) -> list[torch.Tensor] | None:
+    """
+    The mixture weights that one entry of the logs holds, or None if it holds none.
+
+    Args:
+        paths: the number of paths of every block; a block with one is not in the logs.
+    """
+    points = []
+    for b, count in enumerate(paths):
+        keys = [f"mixture/block_{b}/path_{p}" for p in range(count)] if count > 1 else []
+        if any(key not in logs for key in keys):
+            return None
+        points.append(torch.tensor([logs[key] for key in keys] or [1.0]))
+    return points
+
+
+def component_names(config: PretrainedConfig) -> list[str]:
+    """The family of every component, with its index where two are of one family."""
     families = [component.model_type for component in config.components]
-    return [[f"{families[p['component']]} {p['start']}:{p['stop']}" for p in block] for block in config.blocks]
+    return [name if families.count(name) == 1 else f"{name}#{k}" for k, name in enumerate(families)]
+
+
+def path_owners(config: PretrainedConfig) -> list[list[str]]:
+    """The component's name for every path of every block."""
+    names = component_names(config)
+    return [[names[path["component"]] for path in block] for block in config.blocks]
+
+
+def path_names(hybrid: nn.Module) -> list[list[str]]:
+    """A label for every path of every block: its component and its layers."""
+    owners = path_owners(hybrid.config)
+    return [
+        [f"{name} {path['start']}:{path['stop']}" for name, path in zip(names, block)]
+        for names, block in zip(owners, hybrid.config.blocks)
+    ]
+
+
+def by_component(weights: list[list[float]], owners: list[list[str]]) -> tuple[list[str], list[list[float]]]:
+    """
+    What every component has in every block: its paths' weights summed, nan where it has no path.
+
+    Args:
+        weights: a number for every path of every block.
+        owners: the component's name for every path of every block.
+
+    Returns:
+        the names, and `values[component][block]`.
+    """
+    names = list(dict.fromkeys(name for block in owners for name in block))
+    values = [
+        [
+            sum(w for w, owner in zip(block, own) if owner == name) if name in own else float("nan")
+            for block, own in zip(weights, owners)
+        ]
+        for name in names
+    ]
+    return names, values
 
 
 def mixture_courses(log_history: list[dict]) -> dict[int, dict[int | None, list[tuple[int, float]]]]:
@@ -56,29 +110,17 @@ def plot_mixtures(log_history: list[dict], file: Path, names: list[list[str]] | 
     courses = mixture_courses(log_history)
     if not courses:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = len(courses) + 1
-    columns = min(panels, COLUMNS)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.6, 2.6 * rows + 0.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, axes = new_figure(len(courses) + 1, 3.3, 2.7, COLUMNS)
+    entropies = axes[-1]
     for axis, (b, paths) in zip(axes, courses.items()):
         for p in sorted(path for path in paths if path is not None):
             label = names[b][p] if names is not None else f"path {p}"
             axis.plot(*zip(*paths[p]), label=label, marker="." if len(paths[p]) == 1 else None)
-        axes[len(courses)].plot(*zip(*paths[None]), label=f"block {b}", marker="." if len(paths[None]) == 1 else None)
+        entropies.plot(*zip(*paths[None]), label=f"block {b}", marker="." if len(paths[None]) == 1 else None)
         axis.set(title=f"block {b}", xlabel="step", ylabel="mixture weight", ylim=(-0.02, 1.02))
-        axis.legend(fontsize="x-small", frameon=False)
-    axes[len(courses)].set(title="entropy (nats)", xlabel="step")
-    axes[len(courses)].set_ylim(bottom=0)
-    axes[len(courses)].legend(fontsize="x-small", frameon=False)
-    for axis in axes[panels:]:
-        axis.remove()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}")
-    figure.savefig(staged, dpi=120, format="png")
-    os.replace(staged, file)
+        axis.legend(fontsize=SMALL, frameon=False)
+    entropies.set(title="entropy", xlabel="step", ylabel="nats")
+    entropies.set_ylim(bottom=0)
+    entropies.legend(fontsize=SMALL, frameon=False, ncols=1 + len(courses) // 9)
+    write_figure(figure, file)
     return True

@@ -12,6 +12,7 @@ class JointStrategy(SearchStrategy):
     """
 
     name = "joint"
+    kinds = ("softmax", "gumbel_softmax")
 
     def check(self, hybrid: nn.Module) -> None:
         """

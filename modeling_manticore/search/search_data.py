@@ -1,16 +1,25 @@
 """The search split: a second, endless stream of batches beside the Trainer's own, which resumes exactly."""
 
+import hashlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
-from transformers.utils import is_datasets_available
+from transformers.utils import is_datasets_available, logging
 
 
 if TYPE_CHECKING:
     from .arguments import ManticoreTrainingArguments
     from .trainer import ManticoreTrainer
+
+
+logger = logging.get_logger(__name__)
+
+COMPARED_ROWS = 20_000  # of every split: a few seconds at most
+SHARED_AT_MOST = 0.5  # of the search rows; short texts repeat by nature
 
 
 class SearchBatches:
@@ -118,6 +127,50 @@ def is_same_split(first: Any, second: Any) -> bool:
         return False
     fingerprint = getattr(first, "_fingerprint", None)
     return first is second or (fingerprint is not None and fingerprint == getattr(second, "_fingerprint", None))
+
+
+def check_disjoint_rows(search_dataset: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Compare the splits by content: rows of the search split whose `input_ids` are, as they stand (with their padding),
+    also a row of the training or evaluation data are counted. Some repeat by nature, so they are warned of, and
+    refused when they are more than half. At most `COMPARED_ROWS` rows of each split are read, the first ones; data
+    without a length, without indices or without `input_ids` are not compared.
+
+    Raises:
+        ValueError: more than half of the search rows are also in another split.
+    """
+    mine = list(_digests(search_dataset))
+    if not mine:
+        return
+    named = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    others = {"train_dataset": train_dataset}
+    others |= {"eval_dataset" if name is None else f"eval_dataset[{name!r}]": data for name, data in named.items()}
+    for name, data in others.items():
+        known = set(_digests(data))
+        shared = sum(digest in known for digest in mine)
+        what = f"{shared} of its {'first ' if len(mine) == COMPARED_ROWS else ''}{len(mine)} rows are also in {name}"
+        if shared > SHARED_AT_MOST * len(mine):
+            raise ValueError(f"search_dataset: {what}, allowed are rows of their own (at most half may repeat).")
+        if shared:
+            logger.warning(f"search_dataset: {what}.")
+
+
+def _digests(dataset: Any) -> Iterator[bytes]:
+    """A digest of the `input_ids` of each of the first rows, where the dataset has such."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not has_length(dataset):
+        return
+    count = min(len(dataset), COMPARED_ROWS)
+    if is_datasets_available() and _is_hf_dataset(dataset):
+        if "input_ids" not in dataset.column_names:
+            return
+        rows = dataset.select_columns("input_ids").with_format("arrow")[:count]["input_ids"].to_pylist()
+    else:
+        examples = (dataset[i] for i in range(count))
+        rows = (example.get("input_ids") if isinstance(example, Mapping) else None for example in examples)
+    for row in rows:
+        if row is not None:
+            row = row.cpu().numpy() if isinstance(row, torch.Tensor) else row
+            yield hashlib.blake2b(numpy.asarray(row, dtype=numpy.int64).tobytes(), digest_size=16).digest()
 
 
 def _is_hf_dataset(dataset: Any) -> bool:

@@ -17,6 +17,7 @@ from ..building.limits import best_choice, check_feasible, zeros_like
 from ..building.states import Batch
 from ..building.texts import batches_of
 from .halving import HalvingOptions, halve
+from .history import path_owners
 from .slices import Choice, SliceRunner
 from .stitch_report import Candidate, StitchReport, slices_of
 
@@ -113,7 +114,8 @@ def stitch(
         Candidate(list(choice), slices_of(model.config, choice), loss, **table.of(choice))
         for choice, loss in scorer.losses.items()
     ]
-    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds)
+    owners = path_owners(model.config)
+    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners)
     report.sort()
     if options is not None:
         started = time.perf_counter()

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..configuration_manticore import ManticoreConfig
+from .history import by_component, component_names
+from .pictures import SMALL, can_draw, draw_heat_map, new_figure, write_figure
 
 
 COSTS = {
@@ -14,7 +16,6 @@ COSTS = {
     "cache_bytes_per_token": ("KV cache (kB per token)", 1e3),
     "flops_per_token": ("MFLOPs per token", 1e6),
 }
-TAG = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Candidate:
 class StitchReport:
     """
     Candidates, best first (`sort` keeps it so), and how they were found: "exhaustive" or "beam", order of
-    calibration, context of the FLOPs, held-out fit of every bridge (order "parallel"), seconds of every stage.
+    calibration, context of the FLOPs, held-out fit of every bridge (order "parallel"), seconds of every stage, the
+    component's name for every path of every block.
     """
 
     method: str
@@ -54,6 +56,7 @@ class StitchReport:
     candidates: list[Candidate]
     fits: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    components: list[list[str]] = field(default_factory=list)
 
     def sort(self) -> None:
         """Rank: fine-tuned longest first, then by loss; ties by fewer parameters."""
@@ -95,8 +98,9 @@ class StitchReport:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `stitch.json`, `pareto.png` (cost against loss) and `blocks.png` (the lowest loss among candidates with a
-        given path in a given block). Each file is replaced in one move.
+        Write `stitch.json`, and where matplotlib is installed `pareto.png` (cost against loss), `blocks.png` (the
+        lowest loss among candidates with a given path in a given block) and, where the paths' components are known,
+        `components.png` (how many of the `keep` best take a component in a block). Each file is replaced in one move.
 
         Raises:
             ValueError: the folder is a file.
@@ -106,8 +110,11 @@ class StitchReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "stitch.json", self.to_dict())
-        self._plot_pareto(folder / "pareto.png")
-        self._plot_blocks(folder / "blocks.png")
+        if can_draw("pareto.png, blocks.png and components.png"):
+            self._plot_pareto(folder / "pareto.png")
+            self._plot_blocks(folder / "blocks.png")
+            if self.components:
+                self._plot_components(folder / "components.png")
 
     def _plot_pareto(self, file: Path) -> None:
         figure, axes = new_figure(len(COSTS), 3.6, 3.2)
@@ -118,7 +125,7 @@ class StitchReport:
             for c in front:
                 place = (getattr(c, kind) / scale, c.loss)
                 axis.annotate(
-                    ",".join(map(str, c.choice)), place, fontsize=6, xytext=(3, 3), textcoords="offset points"
+                    ",".join(map(str, c.choice)), place, fontsize=SMALL, xytext=(3, 3), textcoords="offset points"
                 )
             axis.set(xlabel=label, ylabel="loss without training (nats)")
         write_figure(figure, file)
@@ -130,18 +137,19 @@ class StitchReport:
         for c in self.candidates:
             for b, p in enumerate(c.choice):
                 lowest[p][b] = c.loss if lowest[p][b] != lowest[p][b] else min(lowest[p][b], c.loss)
-        figure, (axis,) = new_figure(1, 1.6 + 0.8 * blocks, 1.4 + 0.6 * paths)
-        picture = axis.imshow(lowest, aspect="auto", cmap="viridis_r")
-        for p in range(paths):
-            for b in range(blocks):
-                if lowest[p][b] == lowest[p][b]:
-                    axis.text(b, p, f"{lowest[p][b]:.2f}", ha="center", va="center", fontsize=7, bbox=TAG)
-        for b, p in enumerate(self.best.choice):
-            axis.add_patch(_frame(b, p))
-        axis.set(xlabel="block", ylabel="path", xticks=range(blocks), yticks=range(paths))
-        axis.set_title("lowest loss with the path (frame: best)", fontsize="small")
-        figure.colorbar(picture, ax=axis)
-        write_figure(figure, file)
+        rows = [f"path {p}" for p in range(paths)]
+        draw_heat_map(lowest, file, rows, "lowest loss with the path (frame: best)", "nats", self.best.choice)
+
+    def _plot_components(self, file: Path) -> None:
+        best = self.candidates[: self.keep]
+        taken = [
+            [sum(c.choice[b] == p for c in best) / len(best) for p in range(len(block))]
+            for b, block in enumerate(self.components)
+        ]
+        names, values = by_component(taken, self.components)
+        frame = [names.index(block[p]) for block, p in zip(self.components, self.best.choice)]
+        title = f"which component the best {len(best)} hybrids take (frame: best)"
+        draw_heat_map(values, file, names, title, "share of hybrids", frame, share=True)
 
 
 def slices_of(config: ManticoreConfig, choice: Sequence[int]) -> str:
@@ -153,8 +161,7 @@ def slices_of(config: ManticoreConfig, choice: Sequence[int]) -> str:
             parts[-1][2] = path["stop"]
         else:
             parts.append([path["component"], path["start"], path["stop"]])
-    families = [component.model_type for component in config.components]
-    names = [name if families.count(name) == 1 else f"{name}#{k}" for k, name in enumerate(families)]
+    names = component_names(config)
     return " > ".join(f"{names[k]}[{start}:{stop}]" for k, start, stop in parts)
 
 
@@ -163,26 +170,3 @@ def write_json(file: Path, content: dict) -> None:
     staged = file.with_name(f".{file.name}")
     staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(staged, file)
-
-
-def new_figure(panels: int, width: float, height: float):
-    """A figure without a display, and its axes in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False).flat)
-
-
-def write_figure(figure, file: Path) -> None:
-    """Write a PNG in one move."""
-    staged = file.with_name(f".{file.name}")
-    figure.savefig(staged, dpi=120, format="png")
-    os.replace(staged, file)
-
-
-def _frame(b: int, p: int):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((b - 0.5, p - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2)

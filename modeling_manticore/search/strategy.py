@@ -41,6 +41,8 @@ class SearchStrategy:
 
     name: ClassVar[str] = ""
     fixed_arguments: ClassVar[tuple[str, ...]] = ()  # arguments that a resumed run must share
+    kinds: ClassVar[tuple[str, ...]] = ()  # parametrisations of the mixture that it can step, the usual one first
+    default_rate: ClassVar[float] = 1e-2  # `mixture_learning_rate` where none is given
 
     def __init__(self, args: "ManticoreTrainingArguments"):
         self.args = args
@@ -113,9 +115,15 @@ def check_strategy_name(name: Any) -> None:
         raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(map(repr, STRATEGIES))}.")
 
 
-def write_search_state(folder: Path, args: "ManticoreTrainingArguments", strategy: SearchStrategy | None) -> None:
-    """Write `strategy_state.json`, the last file of a checkpoint: the stage, and the state of its strategy."""
+def write_search_state(
+    folder: Path, args: "ManticoreTrainingArguments", strategy: SearchStrategy | None, effort: dict[str, float]
+) -> None:
+    """
+    Write `strategy_state.json`, the last file of a checkpoint: the stage, the state of its strategy, and what the
+    training has cost so far.
+    """
     state = {"stage": args.stage, "train_components": args.train_components, "strategy": None, "state": {}}
+    state["effort"] = effort
     if strategy is not None:
         state |= {name: getattr(args, name) for name in strategy.fixed_arguments}
         state |= {"strategy": strategy.name, "state": strategy.state_dict()}

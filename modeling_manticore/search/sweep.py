@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..building.texts import batches_of
+from .history import by_component, path_owners
+from .pictures import can_draw, draw_heat_map, new_figure, write_figure
 from .slices import held_out_loss
-from .stitch_report import new_figure, write_figure, write_json
+from .stitch_report import write_json
 
 
 @dataclass
@@ -24,10 +26,11 @@ class SweepPoint:
 
 @dataclass
 class SweepReport:
-    """All points of the grid, best first."""
+    """All points of the grid, best first, and the component's name for every path of every block."""
 
     divisions: int
     points: list[SweepPoint]
+    components: list[list[str]] = field(default_factory=list)
 
     @property
     def best(self) -> SweepPoint:
@@ -43,8 +46,9 @@ class SweepReport:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `sweep.json` and `sweep.png`: the loss against the weight of the first path, a panel for each block, the
-        lowest over the other blocks as a line.
+        Write `sweep.json`, and where matplotlib is installed `sweep.png` (the loss against the weight of the first
+        path, a panel for each block, the lowest over the other blocks as a line) and, where the paths' components are
+        known, `mixture_heatmap.png` (the mixture weights of the best point).
 
         Raises:
             ValueError: the folder is a file.
@@ -54,7 +58,13 @@ class SweepReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "sweep.json", asdict(self))
-        figure, axes = new_figure(len(self.best.weights), 3.0, 2.8)
+        if not can_draw("sweep.png and mixture_heatmap.png"):
+            return
+        if self.components:
+            names, values = by_component(self.best.weights, self.components)
+            title = f"mixture weights of the best point (loss {self.best.loss:.3f} nats)"
+            draw_heat_map(values, folder / "mixture_heatmap.png", names, title, "mixture weight", share=True)
+        figure, axes = new_figure(len(self.best.weights), 3.0, 2.8, columns=6)
         for b, axis in enumerate(axes):
             axis.scatter([p.weights[b][0] for p in self.points], [p.loss for p in self.points], s=8)
             lowest: dict[float, float] = {}
@@ -106,17 +116,21 @@ def sweep(
     batches = batches_of(score_texts, model, tokenizer, batch_size, field="score_texts")
     before = [mixture.parameter.detach().clone() for mixture in _mixtures(model)]
     points: list[SweepPoint] = []
+    best: SweepPoint | None = None
     try:
         grid = itertools.product(*[simplex_grid(k, divisions) for k in paths])
         with tqdm(grid, total=count, desc="sweep", unit="point", disable=not progress, leave=False) as bar:
             for weights in bar:
                 model.set_mixture_weights(list(weights))
                 points.append(SweepPoint([list(w) for w in weights], held_out_loss(model, batches)))
-                bar.set_postfix_str(f"best {min(p.loss for p in points):.3f}", refresh=False)
+                if best is None or points[-1].loss < best.loss:
+                    best = points[-1]
+                words = " | ".join(" ".join(f"{a:.2f}" for a in block) for block in best.weights)
+                bar.set_postfix_str(f"best {words} {best.loss:.3f}", refresh=False)
     finally:
         for mixture, value in zip(_mixtures(model), before):
             mixture.parameter.data.copy_(value)
-    report = SweepReport(divisions, sorted(points, key=lambda p: p.loss))
+    report = SweepReport(divisions, sorted(points, key=lambda p: p.loss), path_owners(model.config))
     if folder is not None:
         report.save(folder)
     return report

@@ -15,12 +15,15 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
 from transformers.utils.hub import hf_api
 
-from ..building.costs import cost_table, expected_cost, largest
+from ..building.costs import Budget, CostTable, cost_table, expected_cost, largest
+from ..building.discretize import usable_paths
+from ..building.limits import check_feasible
 from .adapters import check_adapters
 from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
 from .history import mixture_logs
-from .search_data import check_search_dataset, is_same_split
+from .search_data import check_disjoint_rows, check_search_dataset, is_same_split
+from .search_report import Effort, tokens_in
 from .stages import check_stage, frozen_for, mixture_parameters, unwrap
 from .strategy import (
     STRATEGY_STATE_NAME,
@@ -43,12 +46,16 @@ class ManticoreTrainer(Trainer):
 
         search_dataset   rows on which mixture weights learn, for the strategies that want a split of their own
                          ("darts", and "gaea" with gaea_base="darts"). Neither training nor evaluation data: what is
-                         the same object is refused, here and in `evaluate`.
+                         the same object is refused, here and in `evaluate`; rows that are also in one of the two are
+                         counted and warned of, and refused when they are more than half.
+        budget           hard limits (`Budget`) of the choice that stage "search" reports and shows. They do not bend
+                         the search (`cost_weight` does); limits that no choice meets are refused.
 
     - Mixture weights and learned gates step with `mixture_learning_rate` and no weight decay. (An optimizer given
       through `optimizers` is used as it is.)
-    - In stage "search" the weights and entropy of every block are in the logs from step 0 on, and their course is
-      drawn in `mixture_weights.png` in `output_dir` when training ends.
+    - In stage "search" the weights and entropy of every block are in the logs from step 0 on, the best choice stands
+      behind the progress bar, and when training ends `search_report` (a `SearchReport`) and the folder `report` in
+      `output_dir` say what was found.
     - Checkpoints are written to a staging folder and renamed when complete, and renamed before they are deleted, so a
       run killed at any time leaves only whole ones; `train(resume_from_checkpoint=True)` continues from the last as if
       never interrupted. What a kill left in the staging folder goes at the next start.
@@ -69,6 +76,7 @@ class ManticoreTrainer(Trainer):
         eval_dataset=None,
         *,
         search_dataset=None,
+        budget: Budget | None = None,
         **kwargs,
     ):
         args = ManticoreTrainingArguments(output_dir="manticore_trainer") if args is None else args
@@ -76,11 +84,14 @@ class ManticoreTrainer(Trainer):
             raise ValueError(f"args: got {type(args).__name__}, allowed is ManticoreTrainingArguments.")
         self.strategy: SearchStrategy | None = make_strategy(args) if args.stage == "search" else None
         self._staging, self._cost_table, self.search_dataset = False, None, search_dataset
+        self.budget, self.effort, self.search_report = _checked_budget(budget, args), Effort(), None
         check_datasets(args, train_dataset, eval_dataset)
         needed = self.strategy is not None and self.strategy.uses_search_data()
         check_search_dataset(args, needed, search_dataset, train_dataset, eval_dataset)
         if model is not None:
             self._check_model(model, args)
+        if needed:
+            check_disjoint_rows(search_dataset, train_dataset, eval_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         if self.strategy is not None:
             self.add_callback(StrategyCallback(self))
@@ -95,6 +106,14 @@ class ManticoreTrainer(Trainer):
         check_adapters(model)
         if self.strategy is not None:
             self.strategy.check(unwrap(model))
+        if self.budget is not None:
+            check_feasible(cost_table(unwrap(model)), self.budget, usable_paths(unwrap(model)))
+
+    def cost_table(self) -> CostTable:
+        """The costs of the hybrid's choices, counted once a training."""
+        if self._cost_table is None:
+            self._cost_table = cost_table(self.hybrid)
+        return self._cost_table
 
     def call_model_init(self, trial=None) -> nn.Module:
         """As in transformers; the model is checked like one that is given."""
@@ -127,6 +146,7 @@ class ManticoreTrainer(Trainer):
             shutil.rmtree(Path(self._get_output_dir(trial), STAGING_DIR), ignore_errors=True)
         if self.strategy is not None:
             self.strategy, self._cost_table = make_strategy(self.args), None
+        self.effort, self.search_report = Effort(), None
         attached = nullcontext() if self.strategy is None else self.strategy.attached(self)
         with frozen_for(self.model, self.args.stage, self.args.train_components), attached:
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -148,20 +168,23 @@ class ManticoreTrainer(Trainer):
                 )
         return optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As in transformers; the batch's tokens are counted."""
+        self.effort.tokens += tokens_in(inputs) * self.args.world_size
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """As in transformers; while a search trains, plus `cost_weight` times the expected cost of the hybrid."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.strategy is None or not self.args.cost_weight or not model.training:
             return result
-        if self._cost_table is None:
-            self._cost_table = cost_table(self.hybrid)
-        kind = self.args.cost_kind
-        term = self.args.cost_weight / largest(self._cost_table, kind)
+        kind, table = self.args.cost_kind, self.cost_table()
+        term = self.args.cost_weight / largest(table, kind)
         per_item = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if per_item or self.compute_loss_func is not None:  # else the Trainer divides
             term /= self.current_gradient_accumulation_steps
         loss = result[0] if return_outputs else result
-        loss = loss + term * expected_cost(self.hybrid, kind, self._cost_table).to(loss.device)
+        loss = loss + term * expected_cost(self.hybrid, kind, table).to(loss.device)
         return (loss, *result[1:]) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -204,7 +227,7 @@ class ManticoreTrainer(Trainer):
             self.state.best_model_checkpoint = str(run_dir / best)
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            write_search_state(staged, self.args, self.strategy)
+            write_search_state(staged, self.args, self.strategy, self.effort.state_dict())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (run_dir / name).exists():
@@ -287,11 +310,22 @@ class ManticoreTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_strategy(checkpoint)
+            self.effort.load_state_dict(read_search_state(Path(checkpoint))["effort"])
 
     def _load_strategy(self, checkpoint: str) -> None:
         if self.strategy is not None:
             self.strategy.load_state_dict(read_search_state(Path(checkpoint))["state"])
             self.strategy.apply(self.hybrid)
+
+
+def _checked_budget(budget: Budget | None, args: ManticoreTrainingArguments) -> Budget | None:
+    if budget is None:
+        return None
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget: got {type(budget).__name__}, allowed is a Budget or None.")
+    if args.stage != "search":
+        raise ValueError(f"budget: got {budget} with stage={args.stage!r}, allowed is None, or stage='search'.")
+    return budget
 
 
 def _is_complete(folder: Path) -> bool:

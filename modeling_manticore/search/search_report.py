@@ -1,0 +1,227 @@
+"""What a gradient search found: the mixture weights, the choice, its costs, and what the search itself cost."""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..building.costs import COST_KINDS, Budget, CostTable
+from ..building.discretize import usable_paths
+from ..building.limits import argmax_under
+from .history import by_component, path_names, path_owners, plot_mixtures
+from .pictures import can_draw, draw_heat_map
+from .stitch_report import slices_of, write_json
+
+
+if TYPE_CHECKING:
+    from .trainer import ManticoreTrainer
+
+
+SCHEMA = 1
+FILES = ("search.json", "mixture_heatmap.png", "mixture_weights.png")
+ARGUMENTS = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "mixture_learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "max_grad_norm",
+    "weight_decay",
+    "train_components",
+    "cost_weight",
+    "cost_kind",
+    "seed",
+)
+EVALUATION_LOSS = re.compile(r"eval_(?:.+_)?loss")
+
+
+@dataclass
+class Effort:
+    """
+    What a training has cost so far, over all its resumptions: tokens of the weight steps and of mixture steps on the
+    search split, padding included and all processes together (each taken to have as many as this one), and seconds
+    with evaluations and checkpoints.
+    """
+
+    tokens: int = 0
+    search_tokens: int = 0
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock until now."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, float]:
+        """JSON values, for a checkpoint."""
+        return {"tokens": self.tokens, "search_tokens": self.search_tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.tokens, self.search_tokens = state["tokens"], state["search_tokens"]
+        self.seconds_before, self.started = state["seconds"], time.perf_counter()
+
+
+def tokens_in(inputs: Mapping[str, Any]) -> int:
+    """Entries of `input_ids` in a batch; of a batch without them 0."""
+    ids = inputs.get("input_ids")
+    return ids.numel() if isinstance(ids, torch.Tensor) else 0
+
+
+@dataclass
+class SearchReport:
+    """
+    Args:
+        strategy, arguments: how was searched.
+        steps, effort: optimizer steps; tokens and seconds as in `Effort`.
+        blocks: for every block `paths` (labels), `components`, `weights` and `entropy` (nats).
+        choice: the path of the largest weight in every block; `slices` in words, `probability` the product of its
+            weights.
+        limits: cost kind -> hard limit. choice_within_limits: the choice of the largest product that meets them all,
+            None without limits.
+        costs: kind -> expected cost under the mixture weights, and cost of both choices.
+        best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
+        best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
+        discretized: what came of it, where the caller discretized: the choice, losses, costs.
+    """
+
+    strategy: str
+    arguments: dict[str, Any]
+    steps: int
+    effort: dict[str, float]
+    blocks: list[dict[str, Any]]
+    choice: list[int]
+    slices: str
+    probability: float
+    limits: dict[str, float]
+    choice_within_limits: list[int] | None
+    costs: dict[str, dict[str, float]]
+    best_evaluation: dict[str, dict[str, float]]
+    best_checkpoint: str | None = None
+    discretized: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"schema": SCHEMA} | asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'block':<6} {'entropy':>7}  mixture weights"]
+        for b, block in enumerate(self.blocks):
+            words = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(block["paths"], block["weights"]))
+            lines.append(f"{b:<6} {block['entropy']:7.3f}  {words}")
+        lines.append(f"largest weights: {_commas(self.choice)} ({self.slices}), probability {self.probability:.2g}")
+        if self.choice_within_limits is not None:
+            limits = ", ".join(f"{kind} <= {limit:g}" for kind, limit in self.limits.items())
+            lines.append(f"within the limits ({limits}): {_commas(self.choice_within_limits)}")
+        lines.append(
+            f"strategy {self.strategy}, {self.steps} steps, {self.effort['tokens'] + self.effort['search_tokens']:,} "
+            f"tokens, {self.effort['seconds']:.1f} s"
+        )
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
+        """
+        Write `search.json`, and where matplotlib is installed `mixture_heatmap.png` (blocks x components, the weight
+        of a component summed over its paths in the block) and, given the logs, `mixture_weights.png` (the course over
+        the steps). Each file is replaced in one move.
+
+        Raises:
+            ValueError: the folder is a file.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILES[0], self.to_dict())
+        if not can_draw(" and ".join(FILES[1:])):
+            return
+        owners = [block["components"] for block in self.blocks]
+        names, values = by_component([block["weights"] for block in self.blocks], owners)
+        kept = self.choice_within_limits or self.choice
+        frame = [names.index(own[p]) for own, p in zip(owners, kept)]
+        what = "largest" if self.choice_within_limits is None else "best within the limits"
+        title = f"mixture weights of {self.strategy} after {self.steps} steps (frame: {what})"
+        draw_heat_map(values, folder / FILES[1], names, title, "mixture weight", frame, share=True)
+        if log_history is not None:
+            plot_mixtures(log_history, folder / FILES[2], [block["paths"] for block in self.blocks])
+
+
+def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
+    """
+    The report of a search that has trained. Under FSDP every process must call it.
+
+    Args:
+        table: the costs of the trainer's hybrid.
+    """
+    hybrid, args, state = trainer.hybrid, trainer.args, trainer.state
+    points = [point.detach().float().cpu() for point in hybrid.mixture_weights()]
+    choice = [int(point.argmax()) for point in points]
+    limits = {} if trainer.budget is None else trainer.budget.limits()
+    within = best_choice_of(hybrid, points, table, trainer.budget) if limits else None
+    costs = {"expected": {kind: float(table.terms[kind].expected(points)) for kind in COST_KINDS}}
+    costs |= {"choice": table.of(choice)} | ({} if within is None else {"choice_within_limits": table.of(within)})
+    blocks = [
+        {
+            "paths": names,
+            "components": owners,
+            "weights": point.tolist(),
+            "entropy": torch.special.entr(point).sum().item(),
+        }
+        for names, owners, point in zip(path_names(hybrid), path_owners(hybrid.config), points)
+    ]
+    names = ARGUMENTS + trainer.strategy.fixed_arguments
+    arguments = {name: _plain(getattr(args, name)) for name in dict.fromkeys(names)}
+    arguments |= {"gate": hybrid.config.gate, "mixture": hybrid.config.mixture}
+    evaluated: dict[str, dict[str, float]] = {}
+    for entry in state.log_history:
+        for key, value in entry.items():
+            if EVALUATION_LOSS.fullmatch(key) and value < evaluated.get(key, {}).get("value", math.inf):
+                evaluated[key] = {"value": value, "step": entry["step"]}
+    return SearchReport(
+        strategy=trainer.strategy.name,
+        arguments=arguments,
+        steps=state.global_step,
+        effort=trainer.effort.state_dict(),
+        blocks=blocks,
+        choice=choice,
+        slices=slices_of(hybrid.config, choice),
+        probability=probability_of(points, choice),
+        limits=limits,
+        choice_within_limits=within,
+        costs=costs,
+        best_evaluation=evaluated,
+        best_checkpoint=Path(state.best_model_checkpoint).name if _best_is_loaded(trainer) else None,
+    )
+
+
+def best_choice_of(hybrid, points: list[torch.Tensor], table: CostTable | None, budget: Budget | None) -> list[int]:
+    """The path of the largest weight in every block; with a budget, of the largest product within it."""
+    if budget is None or not budget.limits():
+        return [int(point.argmax()) for point in points]
+    return argmax_under(table, points, budget, usable_paths(hybrid))
+
+
+def probability_of(points: list[torch.Tensor], choice: list[int]) -> float:
+    """The product of the chosen paths' weights: how likely the choice is when paths are drawn independently."""
+    return math.prod(float(point[p]) for point, p in zip(points, choice))
+
+
+def _best_is_loaded(trainer: "ManticoreTrainer") -> bool:
+    return bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint)
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _commas(choice: list[int]) -> str:
+    return ",".join(map(str, choice))
