@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .limits import LimitOptions
 from .parsing import parse_options, require_positive
 
 
@@ -44,9 +45,9 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, model or choice.
     """
-    (options,) = parse_options(DiscretizeOptions, arguments, "discretize", __doc__)
+    options, limits = parse_options((DiscretizeOptions, LimitOptions), arguments, "discretize", __doc__)
     require_positive(options, "calibration_rows", "row_length", "batch_size")
-    choice = parse_choice(options.choice)
+    choice, budget = parse_choice(options.choice), limits.budget()
 
     from .. import discretize
     from .models import check_output, load_hybrid, load_tokenizer, rows_of
@@ -60,7 +61,13 @@ def run(arguments: list[str]) -> None:
             options.calibration_texts, tokenizer, options.row_length, options.calibration_rows, options.cache_folder
         )
     hybrid = discretize(
-        model, choice, calibration=rows, refit=rows is not None, order=options.order, batch_size=options.batch_size
+        model,
+        choice,
+        calibration=rows,
+        refit=rows is not None,
+        order=options.order,
+        batch_size=options.batch_size,
+        budget=budget,
     )
     print(hybrid.describe())
     hybrid.save_pretrained(folder)

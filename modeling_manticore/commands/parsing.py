@@ -2,11 +2,30 @@
 
 import difflib
 import json
+import textwrap
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+
+LINE = 80  # columns of texts that argparse prints as they are
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """One spelling for each option, no default where there is none, texts around the options as they are."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        long = [name for name in action.option_strings if name.startswith("--")]
+        if action.dest == "help" or not long:
+            return super()._format_action_invocation(action)
+        what = "true|false" if action.const is True else {int: "N", float: "X"}.get(action.type, "TEXT")
+        return f"{long[0]} {self._format_args(action, what)}"
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OptionParser(HfArgumentParser):
@@ -20,15 +39,30 @@ class OptionParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_options(kinds: type | tuple[type, ...], arguments: list[str], command: str, description: str) -> tuple:
+def parse_options(
+    kinds: type | tuple[type, ...], arguments: list[str], command: str, description: str, epilog: str | None = None
+) -> tuple:
     """
     Instances of the given dataclasses, from `arguments` (without the command's name). A first argument that is not a
     flag names a YAML or JSON file with the same option names; flags after it win.
 
+    Args:
+        epilog: stands below the options in the help, line by line.
+
     Raises:
         ValueError: unknown, missing or ill-typed options, or a file that cannot be read.
     """
-    parser = OptionParser(kinds, prog=f"manticore {command}", description=description, allow_abbrev=False)
+    parser = OptionParser(
+        kinds,
+        prog=f"manticore {command}",
+        description=textwrap.fill(description, LINE),
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if any(name.startswith("--no_") for name in action.option_strings):
+            action.help = SUPPRESS  # the other half of a switch that is on by default
     parser.usage = f"manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
     if arguments and not arguments[0].startswith("-"):
         arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]

@@ -1,32 +1,69 @@
-"""`manticore search`: components or a supernet -> the best discrete hybrid, and a report of all that were scored."""
+"""`manticore search`: components or a supernet -> the best discrete hybrid, and a report of what was found."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .limits import LimitOptions
 from .parsing import parse_options, require, require_positive
-
-
-# What each strategy does, and its cost relative to fine-tuning one hybrid on the same number of tokens.
-STRATEGIES = {
-    "stitch": "score discrete hybrids with fitted bridges, no training (each less than one evaluation: 8 hybrids "
-    "about 0.02 of a fine-tuning on a million tokens)",
-    "sweep": "loss on a grid of mixture weights, all frozen, small blocks only (one evaluation per point)",
-    "joint": "mixture and weights step together, by `manticore train` (up to K times: all K components run)",
-    "gaea": "as joint or darts, exponentiated gradient on the simplex (as its base)",
-    "dash": "as joint, with Gumbel noise of falling temperature (as joint)",
-    "darts": "mixture and weights step in turn, each on its own split, by `ManticoreTrainer(search_dataset=...)` "
-    "in Python (about twice joint)",
-}
-RELATIVE = (
-    "stitch with --halving adds about half a fine-tuning for 8 hybrids (4 of them at 5 %% of the tokens, 2 at 15 %%)"
+from .search_training import (
+    GradientOptions,
+    arguments_of,
+    check_search_texts,
+    search_rows,
+    suit,
+    train_and_discretize,
 )
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import Budget, HalvingOptions, ManticoreTrainingArguments
+
+
+class Strategy(NamedTuple):
+    """How `--help` tells a strategy: what it does, and its cost relative to fine-tuning one hybrid."""
+
+    text: str
+    cost: str
+
+
+STRATEGIES = {
+    "stitch": Strategy("score discrete hybrids, no training", "0.02 for 8 hybrids"),
+    "sweep": Strategy("loss on a grid of mixture weights, no training", "1 evaluation a point"),
+    "joint": Strategy("mixture and weights step together", "K: all components run"),
+    "gaea": Strategy("joint or darts by exponentiated gradient", "as joint or darts"),
+    "dash": Strategy("joint under Gumbel noise, falling temperature", "as joint"),
+    "darts": Strategy("mixture and weights in turn, each on its split", "2 x joint"),
+}
+GRADIENT = ("joint", "gaea", "dash", "darts")
+DEFAULT_ROWS = 256
+
+
+def explanation() -> str:
+    """The strategies, one a line of at most 80 columns."""
+    width = max(len(strategy.text) for strategy in STRATEGIES.values())
+    lines = ["strategies, and their cost in fine-tunings of one hybrid on a million tokens:"]
+    lines += [f"  {name:<6}  {text:<{width}}  {cost}" for name, (text, cost) in STRATEGIES.items()]
+    lines += [
+        "",
+        "With --halving, stitch also fine-tunes the best half on 5 % and the best quarter",
+        "on 15 % of the tokens: 0.5 for 8 hybrids. stitch and the gradient strategies",
+        "save a hybrid within the limits, sweep the supernet with its best weights. The",
+        "gradient strategies train the supernet; `manticore train` has more options.",
+    ]
+    return "\n".join(lines)
 
 
 @dataclass
 class SearchOptions:
     texts: list[str] = field(
         metadata={
-            "help": "bible, python, topics, or .txt/.jsonl files and folders to fit bridges on; without score_texts a "
-            "quarter of the rows is held out to score on."
+            "help": "bible, python, topics, or .txt/.jsonl files and folders to fit bridges and train on; without "
+            "score_texts a quarter of the rows is held out to score on."
         }
     )
     output_folder: str = field(metadata={"help": "Where the hybrid, its tokenizer and the folder `report` go."})
@@ -35,32 +72,62 @@ class SearchOptions:
         default=None, metadata={"help": "Instead of model: repositories or local folders, two or more."}
     )
     num_blocks: int | None = field(default=None, metadata={"help": "With components: cut each evenly in so many."})
-    strategy: str = field(
-        default="stitch",
-        metadata={"help": "; ".join(f"{name}: {text}" for name, text in STRATEGIES.items()) + ". " + RELATIVE + "."},
-    )
+    strategy: str = field(default="stitch", metadata={"help": f"{', '.join(STRATEGIES)}; see below."})
     score_texts: list[str] | None = field(default=None, metadata={"help": "Held-out texts to score on."})
-    rows: int = field(default=256, metadata={"help": "Rows of each of the two kinds of text."})
+    rows: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Rows of each of the two kinds of text ({DEFAULT_ROWS}; gradient strategies: as many as the "
+            "steps take)."
+        },
+    )
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     limit: int | None = field(
         default=None, metadata={"help": "Score all hybrids up to so many (256; sweep: 1024 points)."}
     )
-    beam: int = field(default=8, metadata={"help": "Beginnings kept at every block when there are more hybrids."})
-    keep: int = field(default=5, metadata={"help": "Hybrids in the printed table."})
-    order: str = field(default="parallel", metadata={"help": "parallel or sequential bridges while scoring."})
-    divisions: int = field(default=4, metadata={"help": "Of strategy sweep: weights are multiples of 1/divisions."})
-    halving: bool = field(
-        default=False, metadata={"help": "Fine-tune the best half and quarter a little, rank again."}
+    beam: int = field(default=8, metadata={"help": "stitch: beginnings kept at every block beyond the limit."})
+    keep: int = field(default=5, metadata={"help": "stitch: hybrids in the printed table."})
+    order: str | None = field(
+        default=None,
+        metadata={"help": "parallel or sequential bridges (stitch: parallel; gradient strategies: sequential)."},
     )
-    halving_tokens: int = field(default=1_000_000, metadata={"help": "The whole budget that 5 and 15 %% are of."})
-    halving_learning_rate: float = field(default=3e-4, metadata={"help": "Of those runs."})
-    max_attention_blocks: int | None = field(default=None, metadata={"help": "Limit: blocks with attention."})
-    max_parameters: int | None = field(default=None, metadata={"help": "Limit: parameters."})
-    max_cache_bytes_per_token: int | None = field(default=None, metadata={"help": "Limit: KV-cache growth."})
-    max_flops_per_token: float | None = field(default=None, metadata={"help": "Limit: FLOPs per token."})
-    context: int | None = field(default=None, metadata={"help": "Context at which FLOPs are counted; at most 2048."})
+    divisions: int = field(default=4, metadata={"help": "sweep: weights are multiples of 1/divisions."})
+    halving: bool = field(
+        default=False, metadata={"help": "stitch: fine-tune the best half and quarter a little, rank again."}
+    )
+    halving_tokens: int = field(
+        default=1_000_000, metadata={"help": "stitch: the whole budget that 5 and 15 %% are of."}
+    )
+    halving_learning_rate: float = field(default=3e-4, metadata={"help": "stitch: of those fine-tunings."})
+    context: int | None = field(
+        default=None, metadata={"help": "stitch: context at which FLOPs are counted; at most 2048."}
+    )
     cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+
+
+@dataclass
+class Search:
+    """All that a strategy needs: options, limits, the supernet, and rows (rows, row_length) to fit and to score on."""
+
+    options: SearchOptions
+    gradient: GradientOptions
+    arguments: "ManticoreTrainingArguments | None"
+    halving: "HalvingOptions | bool"
+    budget: "Budget | None"
+    folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    model: "PreTrainedModel"
+    rows: "torch.LongTensor"
+    scored: "torch.LongTensor"
+
+
+class Found(NamedTuple):
+    """What a strategy hands back: the model to save, what to call it, and a report that prints itself."""
+
+    model: "PreTrainedModel"
+    kind: str
+    report: Any
 
 
 def run(arguments: list[str]) -> None:
@@ -68,7 +135,40 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, components, texts, or limits that no hybrid meets.
     """
-    (options,) = parse_options(SearchOptions, arguments, "search", __doc__)
+    kinds = (SearchOptions, LimitOptions, GradientOptions)
+    options, limits, gradient = parse_options(kinds, arguments, "search", __doc__, explanation())
+    _check(options, gradient)
+
+    from .. import HalvingOptions
+    from .models import check_output, load_tokenizer
+
+    budget = limits.budget()
+    require(
+        budget is None or options.strategy != "sweep",
+        f"{', '.join(f'max_{kind}' for kind in (budget.limits() if budget else ()))}: given with strategy 'sweep', "
+        "which keeps the whole supernet; allowed with limits is any other strategy.",
+    )
+    halving = HalvingOptions(options.halving_tokens, learning_rate=options.halving_learning_rate)
+    folder = check_output(options.output_folder)
+    training = None
+    if options.strategy in GRADIENT:
+        training = arguments_of(options.strategy, gradient, folder, options.batch_size)
+        check_search_texts(training, gradient.search_texts)
+    tokenizer = load_tokenizer(options.model or options.components[0])
+    model = _supernet(options)
+    rows, scored = _texts(options, gradient, tokenizer)
+    search = Search(
+        options, gradient, training, options.halving and halving, budget, folder, tokenizer, model, rows, scored
+    )
+    found = RUNNERS[options.strategy](search)
+    print(found.report)
+    print(found.model.describe())
+    found.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"The {found.kind} is in {folder}, the report in {folder / 'report'}")
+
+
+def _check(options: SearchOptions, gradient: GradientOptions) -> None:
     require_positive(
         options,
         "num_blocks",
@@ -81,76 +181,98 @@ def run(arguments: list[str]) -> None:
         "divisions",
         "halving_tokens",
     )
+    require_positive(gradient, "steps")
+    name = options.strategy
+    require(name in RUNNERS, f"strategy: got {name!r}, allowed are {', '.join(map(repr, RUNNERS))}.")
     require((options.model is None) != (options.components is None), "model, components: give exactly one of the two.")
     require(
         options.components is None or options.num_blocks is not None,
         "num_blocks: got None, allowed with components is a positive integer.",
     )
-    if options.strategy not in ("stitch", "sweep"):
-        _refuse_strategy(options.strategy)
-
-    from .. import Budget, HalvingOptions, calibrate, discretize, stitch, sweep
-    from .models import check_output, load_tokenizer
-
-    budget = Budget(
-        **{name: getattr(options, name) for name in Budget.__dataclass_fields__ if getattr(options, name) is not None}
-    )
-    halving = HalvingOptions(options.halving_tokens, learning_rate=options.halving_learning_rate)
-    folder = check_output(options.output_folder)
-    model = _supernet(options)
-    tokenizer = load_tokenizer(options.model or options.components[0])
-    calibration, scored = _texts(options, tokenizer)
-    if options.strategy == "sweep":
-        if options.components:
-            print(calibrate(model, calibration, batch_size=options.batch_size))
-        report = sweep(
-            model,
-            scored,
-            divisions=options.divisions,
-            limit=options.limit or 1024,
-            folder=folder / "report",
-            batch_size=options.batch_size,
-        )
-        model.set_mixture_weights(report.best.weights)
-        result, kind = model, "supernet with the best weights"
-    else:
-        report = stitch(
-            model,
-            calibration,
-            scored,
-            limit=options.limit or 256,
-            beam=options.beam,
-            keep=options.keep,
-            order=options.order,
-            budget=budget,
-            halving=halving if options.halving else False,
-            folder=folder / "report",
-            batch_size=options.batch_size,
-            context=options.context,
-        )
-        result = discretize(
-            model, report.best.choice, calibration=calibration, order=options.order, batch_size=options.batch_size
-        )
-        kind = "hybrid"
-    print(report)
-    print(result.describe())
-    result.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    print(f"The {kind} is in {folder}, the report in {folder / 'report'}")
-
-
-def _refuse_strategy(name: str) -> None:
-    from ..search.strategy import STRATEGIES as trained
-
     require(
-        name not in trained and name not in STRATEGIES,
-        f"strategy: {name!r} trains the supernet: manticore train --stage search --strategy {name}; allowed here are "
-        "'stitch' and 'sweep'.",
+        options.order in (None, "parallel", "sequential"),
+        f"order: got {options.order!r}, allowed are 'parallel' and 'sequential'.",
     )
-    raise ValueError(f"strategy: got {name!r}, allowed are 'stitch' and 'sweep'.")
+    require(not options.halving or name == "stitch", f"halving: got True with strategy {name!r}, allowed is 'stitch'.")
+    require(
+        not gradient.search_texts or name in GRADIENT,
+        f"search_texts: given with strategy {name!r}, which trains no mixture; allowed is 'darts', or 'gaea' "
+        "on darts.",
+    )
 
 
-def _supernet(options: SearchOptions):
+def _stitch(search: Search) -> Found:
+    from .. import discretize, stitch
+
+    options, order = search.options, search.options.order or "parallel"
+    report = stitch(
+        search.model,
+        search.rows,
+        search.scored,
+        limit=options.limit or 256,
+        beam=options.beam,
+        keep=options.keep,
+        order=order,
+        budget=search.budget,
+        halving=search.halving,
+        folder=search.folder / "report",
+        batch_size=options.batch_size,
+        context=options.context,
+    )
+    hybrid = discretize(
+        search.model, report.best.choice, calibration=search.rows, order=order, batch_size=options.batch_size
+    )
+    return Found(hybrid, "hybrid", report)
+
+
+def _sweep(search: Search) -> Found:
+    from .. import sweep
+
+    options = search.options
+    _calibrate_new(search)
+    report = sweep(
+        search.model,
+        search.scored,
+        divisions=options.divisions,
+        limit=options.limit or 1024,
+        folder=search.folder / "report",
+        batch_size=options.batch_size,
+    )
+    search.model.set_mixture_weights(report.best.weights)
+    return Found(search.model, "supernet with the best weights", report)
+
+
+def _by_gradient(search: Search) -> Found:
+    options, gradient, rows, searched = search.options, search.gradient, search.rows, None
+    if check_search_texts(search.arguments, gradient.search_texts):
+        rows, searched = search_rows(rows, gradient.search_texts, search.tokenizer, len(rows), options.cache_folder)
+    suit(search.model, options.strategy)
+    _calibrate_new(search)
+    order = options.order or "sequential"
+    hybrid, report = train_and_discretize(
+        search.model, search.arguments, rows, search.scored, searched, search.budget, order
+    )
+    return Found(hybrid, "hybrid", report)
+
+
+# A strategy is one entry here, and one in STRATEGIES.
+RUNNERS: dict[str, Callable[[Search], Found]] = {
+    "stitch": _stitch,
+    "sweep": _sweep,
+    **dict.fromkeys(GRADIENT, _by_gradient),
+}
+
+
+def _calibrate_new(search: Search) -> None:
+    """Fit the projectors of a supernet that was composed here; one that is loaded stays as it is."""
+    from .. import calibrate
+    from .search_training import CALIBRATION_ROWS
+
+    if search.options.components:
+        print(calibrate(search.model, search.rows[:CALIBRATION_ROWS], batch_size=search.options.batch_size))
+
+
+def _supernet(options: SearchOptions) -> "PreTrainedModel":
     from .. import ManticoreForCausalLM
     from .models import load_hybrid
 
@@ -162,17 +284,25 @@ def _supernet(options: SearchOptions):
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _texts(options: SearchOptions, tokenizer):
-    """Rows to fit bridges on and rows to score on, disjoint, each (rows, row_length)."""
+def _texts(
+    options: SearchOptions, gradient: GradientOptions, tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[torch.LongTensor, torch.LongTensor]":
+    """Shuffled rows to fit bridges and to train on, and rows to score on, disjoint, each (rows, row_length)."""
     import torch
 
     from .models import rows_of
 
-    wanted = options.rows if options.score_texts else options.rows + -(-options.rows // 3)
+    count = options.rows or DEFAULT_ROWS
+    if options.rows is None and options.strategy in GRADIENT:
+        count = max(count, gradient.steps * options.batch_size)
+    wanted = count if options.score_texts else count + -(-count // 3)
     rows = rows_of(options.texts, tokenizer, options.row_length, wanted, options.cache_folder)
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     if options.score_texts:
-        return rows, rows_of(options.score_texts, tokenizer, options.row_length, options.rows, options.cache_folder)
+        scored = rows_of(
+            options.score_texts, tokenizer, options.row_length, options.rows or DEFAULT_ROWS, options.cache_folder
+        )
+        return shuffled, scored
     require(len(rows) >= 8, f"texts: got {len(rows)} rows of {options.row_length} tokens, allowed is at least 8.")
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     held_out = len(rows) // 4
-    return rows[held_out:], rows[:held_out]
+    return shuffled[held_out:], shuffled[:held_out]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .parsing import parse_options, require, require_positive
+from .search_training import check_search_texts, search_rows, suit
 
 
 @dataclass
@@ -13,6 +14,13 @@ class TrainOptions:
     )
     eval_texts: list[str] | None = field(
         default=None, metadata={"help": "Texts to measure on; without them a tenth of the training rows is held out."}
+    )
+    search_texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that mixture weights learn on, for strategy darts and gaea on darts; without them a third "
+            "of the training rows is held out for that. No text may be in two of the three."
+        },
     )
     rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
@@ -29,6 +37,7 @@ def run(arguments: list[str]) -> None:
     options, training = parse_options((TrainOptions, ManticoreTrainingArguments), arguments, "train", __doc__)
     require_positive(options, "rows", "row_length")
     require(bool(options.train_texts), "train_texts: got nothing, allowed is at least one text.")
+    needs_search = check_search_texts(training, options.search_texts)
 
     import torch
 
@@ -49,11 +58,17 @@ def run(arguments: list[str]) -> None:
     else:
         require(len(rows) >= 10, f"train_texts: got {len(rows)} rows of {options.row_length} tokens, allowed is 10.")
         held_out, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
+    searched = None
+    if needs_search:
+        rows, searched = search_rows(rows, options.search_texts, tokenizer, options.rows, options.cache_folder)
+    if training.stage == "search":
+        suit(model, training.strategy)
     trainer = ManticoreTrainer(
         model=model,
         args=training,
         train_dataset=as_dataset(rows),
         eval_dataset=as_dataset(held_out),
+        search_dataset=None if searched is None else as_dataset(searched),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

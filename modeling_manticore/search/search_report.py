@@ -126,6 +126,10 @@ class SearchReport:
             f"strategy {self.strategy}, {self.steps} steps, {self.effort['tokens'] + self.effort['search_tokens']:,} "
             f"tokens, {self.effort['seconds']:.1f} s"
         )
+        if self.discretized is not None:
+            found = self.discretized
+            lines.append(f"kept: {_commas(found['choice'])} ({found['slices']})")
+            lines.append(f"held-out loss: supernet {found['supernet_loss']:.4f}, hybrid {found['loss']:.4f} nats")
         return "\n".join(lines)
 
     def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:

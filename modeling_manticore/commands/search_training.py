@@ -1,0 +1,191 @@
+"""Searches by gradient from the command line: train the supernet's mixture, then discretize it under the limits."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from .parsing import require
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import Budget, ManticoreTrainingArguments
+    from ..search.search_report import SearchReport
+
+
+CALIBRATION_ROWS = 256  # at most, of the training rows, for the bridges
+EVALUATIONS, LOGS = 4, 20  # over a whole search
+
+
+@dataclass
+class GradientOptions:
+    """Of the strategies joint, gaea, dash and darts. What more there is, `manticore train` has."""
+
+    _argument_group_name: ClassVar[str] = "gradient strategies (joint, gaea, dash, darts)"
+
+    steps: int = field(default=200, metadata={"help": "Optimizer steps of batch_size rows."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of components and projectors."})
+    mixture_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of mixture weights (0.01; gaea: 0.1)."}
+    )
+    train_components: bool = field(default=True, metadata={"help": "Whether the components train too."})
+    search_texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "darts, and gaea on darts: texts that mixture weights learn on; without them a third of the "
+            "training rows."
+        },
+    )
+    gaea_base: str = field(default="joint", metadata={"help": "gaea: joint or darts."})
+    temperature_start: float = field(default=1.0, metadata={"help": "dash: at the first step."})
+    temperature_end: float = field(default=0.1, metadata={"help": "dash: at the last step."})
+    cost_weight: float = field(default=0.0, metadata={"help": "Nats added for the expected cost."})
+    cost_kind: str = field(
+        default="parameters",
+        metadata={"help": "attention_blocks, parameters, cache_bytes_per_token or flops_per_token."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of order, noise and dropout."})
+
+
+def arguments_of(
+    strategy: str, options: GradientOptions, output: str | Path, batch_size: int
+) -> "ManticoreTrainingArguments":
+    """
+    The Trainer's arguments: `options` under their own names, and quiet, without checkpoints.
+
+    Raises:
+        ValueError: an option that they refuse.
+    """
+    from .. import ManticoreTrainingArguments
+
+    own = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("steps", "search_texts")}
+    return ManticoreTrainingArguments(
+        output_dir=str(output),
+        stage="search",
+        strategy=strategy,
+        max_steps=options.steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        eval_strategy="steps",
+        eval_steps=max(1, options.steps // EVALUATIONS),
+        logging_steps=max(1, options.steps // LOGS),
+        save_strategy="no",
+        report_to="none",
+        **own,
+    )
+
+
+def check_search_texts(args: "ManticoreTrainingArguments", texts: list[str] | None) -> bool:
+    """
+    Whether these arguments want a search split.
+
+    Raises:
+        ValueError: there are texts for one, and they do not.
+    """
+    from ..search import make_strategy
+
+    needed = args.stage == "search" and make_strategy(args).uses_search_data()
+    what = f"strategy={args.strategy!r}" if args.stage == "search" else f"stage={args.stage!r}"
+    require(
+        needed or not texts,
+        f"search_texts: got {texts} with {what}, which does not use them; allowed is stage 'search' with strategy "
+        "'darts', or 'gaea' with gaea_base 'darts'.",
+    )
+    return needed
+
+
+def search_rows(
+    rows: "torch.LongTensor",
+    texts: list[str] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    cache: str | None,
+) -> "tuple[torch.LongTensor, torch.LongTensor]":
+    """
+    Training rows and rows of the search split: of `texts`, as many at most; without texts a third of the training
+    rows, which a printed line says.
+
+    Args:
+        rows: training rows (rows, length), shuffled.
+        limit: at most so many rows of the texts.
+
+    Raises:
+        ValueError: too few rows to divide, or bad texts.
+    """
+    from .models import rows_of
+
+    length = rows.shape[1]
+    if texts:
+        return rows, rows_of(texts, tokenizer, length, limit, cache)
+    require(len(rows) >= 3, f"texts: got {len(rows)} training rows of {length} tokens, allowed is at least 3.")
+    held = len(rows) // 3
+    print(f"{held} of {len(rows)} training rows are held out for the mixture weights (no search_texts)")
+    return rows[held:], rows[:held]
+
+
+def suit(model: "PreTrainedModel", strategy: str) -> None:
+    """Give the mixtures a parametrisation that the strategy can step; a printed line says so."""
+    from ..search import suit_mixture
+
+    before = model.config.mixture
+    if suit_mixture(model, strategy):
+        print(f"mixture weights are parametrised as {model.config.mixture!r} for {strategy} (they were {before!r})")
+
+
+def train_and_discretize(
+    model: "PreTrainedModel",
+    args: "ManticoreTrainingArguments",
+    rows: "torch.LongTensor",
+    held_out: "torch.LongTensor",
+    search: "torch.LongTensor | None",
+    budget: "Budget | None",
+    order: str,
+) -> "tuple[PreTrainedModel, SearchReport]":
+    """
+    Search the supernet by gradient, keep the path of the largest product of mixture weights within the budget, fit its
+    bridges, measure it, and write the report folder of `args.output_dir` with all of it.
+
+    Args:
+        model: the supernet; it is trained in place.
+        rows, held_out, search: rows (rows, length) for the weights, for the losses that are told, and for the mixture
+            where the strategy wants its own.
+        order: of the bridges, as in `discretize`.
+
+    Raises:
+        ValueError: limits that no choice meets, or splits that are not disjoint, before anything trains.
+    """
+    from .. import Budget, ManticoreTrainer, discretize
+    from ..building.discretize import usable_paths
+    from ..building.limits import argmax_under
+    from ..search.callbacks import REPORT_DIR
+    from ..search.stitch_report import slices_of
+    from ..tasks.text import as_dataset
+    from .models import measure
+
+    trainer = ManticoreTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_dataset(rows),
+        eval_dataset=as_dataset(held_out),
+        search_dataset=None if search is None else as_dataset(search),
+        budget=budget,
+    )
+    trainer.train()
+    table = trainer.cost_table()
+    choice = argmax_under(table, model.mixture_weights(), budget or Budget(), usable_paths(model))
+    calibration = rows[:CALIBRATION_ROWS]
+    size = args.per_device_train_batch_size
+    hybrid = discretize(model, choice, calibration=calibration, order=order, batch_size=size, budget=budget)
+    report = trainer.search_report
+    report.discretized = {
+        "choice": choice,
+        "slices": slices_of(model.config, choice),
+        "order": order,
+        "supernet_loss": measure(model, held_out, size)["loss"],
+        "loss": measure(hybrid, held_out, size)["loss"],
+        "costs": table.of(choice),
+    }
+    report.save(Path(args.output_dir, REPORT_DIR), trainer.state.log_history)
+    return hybrid, report
