@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES
+from command_runs import component_folders, options
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_manticore.commands import COMMANDS, main
-from modeling_manticore.tasks.text import help_topics, train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,24 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two component folders with one tokenizer, and a text."""
-    root = tmp_path_factory.mktemp("commands")
-    texts = help_topics()[:12]
-    tokenizer = train_tokenizer(texts, 300)
-    for family in ("gpt_neox", "mamba2"):
-        torch.manual_seed(0)
-        config = FAMILIES[family]()
-        config.vocab_size = len(tokenizer)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / family)
-        tokenizer.save_pretrained(root / family)
-    (root / "text.txt").write_text("\n".join(texts)[:20_000])
-    return root
-
-
-def options(**settings):
-    words = []
-    for key, value in settings.items():
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return component_folders(tmp_path_factory.mktemp("commands"))
 
 
 def test_the_whole_path(folders, tmp_path, capsys):
@@ -108,6 +91,7 @@ def test_search(folders, tmp_path, capsys):
     assert "(beam, bridges parallel)" in capsys.readouterr().out
 
 
+SEARCH = ["search", "--model", "m", "--texts", "a", "--output_folder", "x"]
 ERRORS = {
     "nothing": ([], "command: got nothing, allowed are demo, compose"),
     "unknown": (["merge"], "command: got 'merge'"),
@@ -132,11 +116,60 @@ ERRORS = {
         "num_blocks: got None",
     ),
     "strategy": (
-        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--strategy", "joint"],
-        "strategy: 'joint' trains the supernet: manticore train --stage search --strategy joint",
+        [*SEARCH, "--strategy", "evolve"],
+        "strategy: got 'evolve', allowed are 'stitch', 'sweep', 'joint', 'gaea', 'dash', 'darts'",
+    ),
+    "search_gradient": (
+        [*SEARCH, "--strategy", "gaea", "--gaea_base", "x"],
+        "gaea_base: got 'x'",
+    ),
+    "search_halving": (
+        [*SEARCH, "--strategy", "dash", "--halving"],
+        "halving: got True with strategy 'dash'",
+    ),
+    "search_limits": (
+        [
+            "search",
+            "--model",
+            "m",
+            "--texts",
+            "a",
+            "--output_folder",
+            "x",
+            "--strategy",
+            "sweep",
+            "--max_parameters",
+            "5",
+        ],
+        "max_parameters: given with strategy 'sweep'",
+    ),
+    "search_order": ([*SEARCH, "--order", "a"], "order: got"),
+    "search_texts": (
+        [
+            "search",
+            "--model",
+            "m",
+            "--texts",
+            "a",
+            "--output_folder",
+            "x",
+            "--strategy",
+            "joint",
+            "--search_texts",
+            "b",
+        ],
+        "search_texts: got ['b'] with strategy='joint', which does not use them",
+    ),
+    "stitch_search_texts": (
+        [*SEARCH, "--search_texts", "b"],
+        "search_texts: given with strategy 'stitch'",
+    ),
+    "train_search_texts": (
+        ["train", "--model", "m", "--train_texts", "a", "--search_texts", "b", "--stage", "finetune"],
+        "search_texts: got ['b'] with stage='finetune'",
     ),
     "limit": (
-        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--max_parameters", "-5"],
+        [*SEARCH, "--max_parameters", "-5"],
         "max_parameters: got -5",
     ),
     "recipe": (["train", "absent.yaml"], "absent.yaml: it cannot be read"),
@@ -177,8 +210,9 @@ def test_help_is_complete(command, capsys):
     from importlib import import_module
 
     module = import_module(f"modeling_manticore.commands.{command}")
-    kind = next(value for name, value in vars(module).items() if name.endswith("Options") and name != "Options")
-    for field in kind.__dataclass_fields__.values():
+    kinds = [value for name, value in vars(module).items() if name.endswith("Options") and name != "Options"]
+    assert kinds
+    for field in (field for kind in kinds for field in fields(kind)):
         assert field.metadata["help"] and f"--{field.name}" in printed
 
 

@@ -8,7 +8,7 @@ COMMANDS = {
     "demo": "two small pretrained models become one hybrid: the whole path in a few minutes",
     "compose": "cut pretrained components into a supernet, calibrate its projectors, save it",
     "train": "train a saved hybrid: its projectors, its mixture weights, or everything",
-    "search": "find the best discrete hybrid without training, or after a little, under limits on its cost",
+    "search": "find the best discrete hybrid, without training or by gradient, under limits on its cost",
     "discretize": "keep one path per block of a saved supernet, with fitted bridges, save it",
     "mad": "train small models, or a small hybrid, on the six synthetic tasks of MAD, and measure them",
     "evaluate": "loss, perplexity and next-token accuracy of a saved model on texts",
