@@ -88,7 +88,7 @@ class SearchReport:
             weights.
         limits: cost kind -> hard limit. choice_within_limits: the choice of the largest product that meets them all,
             None without limits.
-        costs: kind -> expected cost under the mixture weights, and cost of both choices.
+        costs: kind -> expected cost under the mixture weights, and cost of both choices; adapters count as parameters.
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
         discretized: what came of it, where the caller discretized: the choice, losses, costs.
