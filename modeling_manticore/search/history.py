@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..configuration_manticore import path_name
+
 
 KEY = re.compile(r"mixture/block_(\d+)/(?:path_(\d+)|entropy)")
 COLUMNS = 6
@@ -27,7 +29,7 @@ def path_names(hybrid: nn.Module) -> list[list[str]]:
     """A label for every path of every block: its component's family and its layers."""
     config = hybrid.config
     families = [component.model_type for component in config.components]
-    return [[f"{families[p['component']]} {p['start']}:{p['stop']}" for p in block] for block in config.blocks]
+    return [[path_name(path, families) for path in block] for block in config.blocks]
 
 
 def mixture_courses(log_history: list[dict]) -> dict[int, dict[int | None, list[tuple[int, float]]]]:
