@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .configuration_manticore import ManticoreConfig
@@ -30,6 +32,20 @@ STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal
 
 # Families that let padding into a convolution: (module that gets `position_ids`, its child whose output is masked).
 PADDING_LEAKS = {"recurrent_gemma": ("temporal_block", "linear_x")}
+
+
+@dataclass
+class ManticoreModelOutput(BaseModelOutputWithPast):
+    """
+    Output of the trunk; `boundary` is what the last block hands to the heads, `block_weights` the weights used;
+    `aux_loss` balances the experts of all components, `router_loss` is what of it enters a training loss.
+    """
+
+    boundary: tuple | None = None
+    block_weights: list | None = None
+    router_logits: tuple | None = None
+    aux_loss: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
 class Placeholder:
@@ -77,9 +93,9 @@ class ManticoreCache(Cache):
     def __init__(self, config: ManticoreConfig):
         owned, layers = {}, []
         for b, block in enumerate(config.blocks):
-            for p, path in enumerate(block):
-                complete = DynamicCache(config=config.components[path["component"]]).layers
-                owned[b, p] = complete[path["start"] : path["stop"]]
+            for p in config.real_paths(b):
+                complete = DynamicCache(config=config.components[block[p]["component"]]).layers
+                owned[b, p] = complete[block[p]["start"] : block[p]["stop"]]
                 layers.extend(owned[b, p])
         super().__init__(layers=layers)
         self.seen_tokens, self.skipped = 0, set()
@@ -353,6 +369,12 @@ def _inverse_softplus(value: float) -> float:
     if value == 0:
         return -float("inf")
     return value if value > 30 else math.log(math.expm1(value))
+
+
+def cache_growth(config: ManticoreConfig, itemsize: int) -> int:
+    """Key and value bytes that a hybrid's cache grows by per token."""
+    paths = [block[p] for b, block in enumerate(config.blocks) for p in config.real_paths(b)]
+    return sum(cache_bytes(config, path, itemsize) for path in paths)
 
 
 def cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:

@@ -15,6 +15,7 @@ HEAD_MIXTURES = ("last", "first")
 PROJECTOR_INITS = ("identity", "random")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 PATH_KEYS = ("component", "start", "stop")
+SKIP_PATH = {"component": None}
 
 # Which class each Auto class of transformers finds in the code that travels with a checkpoint.
 AUTO_MAP = {
@@ -50,7 +51,8 @@ class ManticoreConfig(PreTrainedConfig):
             by a projection), both found out at construction when absent.
         blocks (`list[list[dict]]`): the architecture. Each block is a list of paths
             `{"component": k, "start": i, "stop": j}`: layers [i, j) of component k. Several paths run side by side and
-            are mixed; a block of one path is plain.
+            are mixed; a block of one path is plain. `{"component": None}` is a skip path, at most one a block: what
+            reached the block passes through. The first and the last block need a path with a component.
         hidden_size (`int`, *optional*): width D of the stream between blocks. Defaults to the widest component.
         vocab_size (`int`, *optional*): vocabulary of the one tokenizer. Defaults to that of the components.
         gate (`str`): how a path's own state and the projected states of the others are joined: "routed" (default: a
@@ -153,8 +155,13 @@ class ManticoreConfig(PreTrainedConfig):
             raise ValueError("blocks: got an empty list, allowed is at least one block.")
         count = len(self.components)
         for b, block in enumerate(self.blocks):
-            for p, path in enumerate(block):
-                where = f"blocks[{b}][{p}]"
+            real = self.real_paths(b)
+            if len(block) - len(real) > 1:
+                raise ValueError(f"blocks[{b}]: got {len(block) - len(real)} skip paths, allowed is at most one.")
+            if not real and b in (0, len(self.blocks) - 1):
+                raise ValueError(f"blocks[{b}]: got only a skip path; the first and the last block need a component.")
+            for p in real:
+                path, where = block[p], f"blocks[{b}][{p}]"
                 if not 0 <= path["component"] < count:
                     raise ValueError(
                         f"{where}.component: got {path['component']}, allowed is 0..{count - 1} ({count} components)."
@@ -198,12 +205,20 @@ class ManticoreConfig(PreTrainedConfig):
     @property
     def used_components(self) -> list[int]:
         """Indices of the components that have at least one path."""
-        return sorted({path["component"] for block in self.blocks for path in block})
+        return sorted({path["component"] for block in self.blocks for path in block} - {None})
+
+    def real_paths(self, block: int) -> list[int]:
+        """Indices of the paths of a block that have a component: all but a skip path."""
+        return [p for p, path in enumerate(self.blocks[block]) if path["component"] is not None]
+
+    def skip_path(self, block: int) -> int | None:
+        """Index of the skip path of a block, or None."""
+        return next((p for p, path in enumerate(self.blocks[block]) if path["component"] is None), None)
 
     @property
     def stem_components(self) -> list[int]:
         """Components that have a stem: those with a path in the first block."""
-        return sorted({path["component"] for path in self.blocks[0]})
+        return sorted({path["component"] for path in self.blocks[0]} - {None})
 
     @property
     def head_block(self) -> int:
@@ -213,7 +228,7 @@ class ManticoreConfig(PreTrainedConfig):
     @property
     def head_components(self) -> list[int]:
         """Components that have a head: those with a path in `head_block`."""
-        return sorted({path["component"] for path in self.blocks[self.head_block]})
+        return sorted({path["component"] for path in self.blocks[self.head_block]} - {None})
 
     @property
     def tied_components(self) -> list[int]:
@@ -232,7 +247,8 @@ class ManticoreConfig(PreTrainedConfig):
         """
         if getattr(self.components[component], "projects_out", False):
             return True
-        return any(p["component"] == component and p["stop"] < self.depth(component) for p in self.blocks[-1])
+        last = (self.blocks[-1][p] for p in self.real_paths(len(self.blocks) - 1))
+        return any(path["component"] == component and path["stop"] < self.depth(component) for path in last)
 
     def ends_component(self, block: int, path: int) -> bool:
         """Whether the final norm of the component runs at the end of this path."""
@@ -250,14 +266,21 @@ class ManticoreConfig(PreTrainedConfig):
 
     # ------------------------------------------------------------------ construction and serialisation
     @classmethod
-    def from_partition(cls, components: list, num_blocks: int, **kwargs) -> "ManticoreConfig":
+    def from_partition(
+        cls, components: list, num_blocks: int, skip_paths: bool = False, **kwargs
+    ) -> "ManticoreConfig":
         """
         Cut every component as evenly as possible into `num_blocks` consecutive slices, one path per component and
         block. Depths need not be divisible. Other keywords are those of the constructor.
 
+        Args:
+            skip_paths: also give every block but the first and the last a skip path, so that search can drop depth.
+
         Raises:
-            ValueError: `num_blocks` is not between 1 and the depth of the shallowest component.
+            ValueError: `num_blocks` is not between 1 and the depth of the shallowest component, or no bool.
         """
+        if not isinstance(skip_paths, bool):
+            raise ValueError(f"skip_paths: got {skip_paths!r}, allowed are True and False.")
         components = [_component_config(entry, k) for k, entry in enumerate(_as_list(components, "components"))]
         if not components:
             raise ValueError("components: got an empty list, allowed is at least one configuration.")
@@ -270,6 +293,7 @@ class ManticoreConfig(PreTrainedConfig):
                 {"component": k, "start": depth * b // num_blocks, "stop": depth * (b + 1) // num_blocks}
                 for k, depth in enumerate(depths)
             ]
+            + [{"component": None}] * (skip_paths and 0 < b < num_blocks - 1)
             for b in range(num_blocks)
         ]
         return cls(components=components, blocks=blocks, **kwargs)
@@ -286,12 +310,37 @@ class ManticoreConfig(PreTrainedConfig):
 
 
 def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
-    """Weight of every component with a path in a block: the sum over its paths there (the weights of stems, heads)."""
-    totals = {}
-    for path, weight in zip(config.blocks[block], weights):
-        k = path["component"]
-        totals[k] = totals[k] + weight if k in totals else weight
+    """
+    Weight of every component with a path in a block, for stems and heads: the sum over its paths there, renormalised
+    without a skip path.
+    """
+    totals, real = {}, config.real_paths(block)
+    for p in real:
+        k = config.blocks[block][p]["component"]
+        totals[k] = totals[k] + weights[p] if k in totals else weights[p]
+    if len(real) < len(weights):
+        whole = sum(totals.values()) + 1e-30  # softmax weights of components may all underflow, never the sum
+        totals = {k: total / whole for k, total in totals.items()}
     return {k: totals[k] for k in sorted(totals)}
+
+
+def path_name(path: dict, names: list[str]) -> str:
+    """`name[start:stop]` of a path, by the names of the components, or `skip`."""
+    return "skip" if path["component"] is None else f"{names[path['component']]}[{path['start']}:{path['stop']}]"
+
+
+def describe(config: ManticoreConfig, joints: list[str], parameters: int, cached: int) -> str:
+    """Slices, the B + 1 joints, parameters, key-value bytes per token and context of a hybrid, as lines of text."""
+    names = [getattr(c, "source", None) or c.model_type for c in config.components]
+    lines = [f"{'discretized hybrid' if config.is_discretized else 'supernet'} of {', '.join(names)}"]
+    lines.append("  stems: " + ", ".join(f"{names[k]} ({k})" for k in config.stem_components))
+    for b, block in enumerate(config.blocks):
+        lines.append(f"  block {b}: {' | '.join(path_name(path, names) for path in block)}  ({joints[b]})")
+    lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + f"  ({joints[-1]})")
+    lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
+    context = config.max_position_embeddings
+    lines.append(f"  key-value cache {cached:,} bytes per token, context {context if context else 'unlimited'}")
+    return "\n".join(lines)
 
 
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
@@ -339,15 +388,19 @@ def _check_family(family: Any, index: int) -> None:
         raise ValueError(f"{where}: got {family!r}, allowed are the model types of the installed transformers.")
 
 
-def _block(block: Any, b: int) -> list[dict[str, int]]:
+def _block(block: Any, b: int) -> list[dict[str, int | None]]:
     if not isinstance(block, (list, tuple)) or not block:
         raise ValueError(f"blocks[{b}]: got {block!r}, allowed is a non-empty list of paths.")
     return [_path(path, f"blocks[{b}][{p}]") for p, path in enumerate(block)]
 
 
-def _path(path: Any, where: str) -> dict[str, int]:
+def _path(path: Any, where: str) -> dict[str, int | None]:
+    if path == SKIP_PATH:
+        return dict(SKIP_PATH)
     if not isinstance(path, dict) or set(path) != set(PATH_KEYS):
-        raise ValueError(f"{where}: got {path!r}, allowed is a dictionary with the keys {', '.join(PATH_KEYS)}.")
+        raise ValueError(
+            f"{where}: got {path!r}, allowed is a dictionary with the keys {', '.join(PATH_KEYS)}, or {SKIP_PATH}."
+        )
     for key in PATH_KEYS:
         if not _is_int(path[key]):
             raise ValueError(f"{where}.{key}: got {path[key]!r}, allowed is an integer.")

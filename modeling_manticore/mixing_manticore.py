@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache_manticore import ManticoreCache, cache_bytes
+from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
 from .slicing_manticore import run_view
 
@@ -167,9 +166,10 @@ class End:
 
 class Boundary(NamedTuple):
     """
-    What one block hands to the next. `states[j]` is v_j, (batch, tokens, d_j), None where path j was skipped;
+    What one block hands to the next. `states[j]` is v_j, (batch, tokens, d_j), None where path j did not run;
     `projected[j]` its gated image in the stream, (batch, tokens, D), or None where no one needs it; `stream` is
-    their sum where it is asked for. A tuple, so that hooks around a block (FSDP, device maps) find the tensors in it.
+    their sum where it is asked for. Behind the paths of the block follows what its skip path passes through. A tuple,
+    so that hooks around a block (FSDP, device maps) find the tensors in it.
     """
 
     states: list
@@ -186,31 +186,34 @@ class Boundary(NamedTuple):
         return Boundary(*parts, self.weights)
 
 
-@dataclass
-class ManticoreModelOutput(BaseModelOutputWithPast):
-    """
-    Output of the trunk; `boundary` is what the last block hands to the heads, `block_weights` the weights used;
-    `aux_loss` balances the experts of all components, `router_loss` is what of it enters a training loss.
-    """
-
-    boundary: Boundary | None = None
-    block_weights: list | None = None
-    router_logits: tuple | None = None
-    aux_loss: torch.Tensor | None = None
-    router_loss: torch.Tensor | None = None
-
-
 class Junction:
     """
     The plan of one junction, derived from the configuration alone (design: stems are block 0, heads block B + 1).
 
     Two single sides meet in a bridge, d_source -> d_target, or directly where the target continues the source. Else
     every source of a multi-path side has an out-projector d -> D, and every target an in-projector D -> d, as far as
-    the gate uses them. A single source needs no out-projector: its state is padded.
+    the gate uses them. A single source needs no out-projector: its state is padded. A skip path is no end of its own:
+    what reaches its block is, with its weight, among the sources behind it too.
+
+    Args:
+        own: the first so many sources are those of the block itself; the others came through its skip path.
+        paths: number of paths of the two blocks that meet here, skip paths included; one path has no gate.
+        onward: the junction behind the targets' block where that has a skip path: the sources are sources there too.
     """
 
-    def __init__(self, sources: list[End], targets: list[End], config: ManticoreConfig, is_end: bool):
-        self.sources, self.targets = sources, targets
+    def __init__(
+        self,
+        sources: list[End],
+        targets: list[End],
+        config: ManticoreConfig,
+        is_end: bool,
+        own: int | None = None,
+        paths: tuple[int, int] | None = None,
+        onward: "Junction | None" = None,
+    ):
+        self.sources, self.targets, self.onward = sources, targets, onward
+        self.own = len(sources) if own is None else own
+        self.gated = [count > 1 for count in paths or (len(sources), len(targets))]
         self.gate, self.width = config.gate, config.hidden_size
         self.single = len(sources) == 1 and len(targets) == 1
         self.direct = [
@@ -218,41 +221,54 @@ class Junction:
         ]
         self.fixed = is_end and not config.project_ends and not self.single
         routed = self.gate == "routed"
-        self.has_out = not self.fixed and len(sources) > 1
+        later = onward is not None and onward.has_out and self.gate != "mixture"  # where a lone source is padded
+        self.has_out = not self.fixed and (len(sources) > 1 or later)
         self.has_in = [
             not self.fixed and not all(direct) if (routed or self.single) else not self.fixed for direct in self.direct
         ]
 
+    @property
+    def name(self) -> str:
+        """How the two sides are joined, for a printed account."""
+        if self.single:
+            ends = f"{self.sources[0].width} -> {self.targets[0].width}"
+            return f"bridge {ends}" if self.has_in[0] else "continues"
+        return (f"gate {self.gate}" + ", plain" * self.fixed) if self.targets else "passes through"
+
     def out_projectors(self) -> list[Projector | None]:
-        """Fresh out-projectors, one per source."""
-        learned = self.gate == "learned"
-        return [Projector(s.width, self.width, learned) if self.has_out else None for s in self.sources]
+        """Fresh out-projectors, one per source of the block itself."""
+        learned = self.gate == "learned" and self.gated[0]
+        return [Projector(s.width, self.width, learned) if self.has_out else None for s in self.sources[: self.own]]
 
     def in_projectors(self) -> list[Projector | None]:
         """Fresh in-projectors, one per target; a bridge maps from the source's own width."""
-        learned = self.gate == "learned" and len(self.targets) > 1
+        learned = self.gate == "learned" and self.gated[1] and not self.single
         width = self.sources[0].width if self.single else self.width
         return [Projector(width, t.width, learned) if has else None for t, has in zip(self.targets, self.has_in)]
 
-    def emit(self, states: list, weights: list, projectors: list, need_stream: bool) -> Boundary:
-        """Source side: gated images in the stream, (1 - g) W_out v + g pad(v), for whoever needs them."""
-        projected = [None] * len(states)
-        if need_stream or not self.single:
-            used = [
-                need_stream or any(not row[j] for row in self.direct) or self.gate != "routed"
-                for j in range(len(states))
-            ]
-            projected = [
-                None if state is None or not wanted else self._image(state, weight, projector)
-                for state, weight, projector, wanted in zip(states, weights, projectors, used)
-            ]
+    def emit(
+        self, states: list, weights: list, projectors: list, need_stream: bool, passed: Boundary | None = None, share=0
+    ) -> Boundary:
+        """
+        Source side: gated images in the stream, (1 - g) W_out v + g pad(v), where needed; then what a skip path of
+        weight `share` lets through.
+        """
+        everyone = need_stream or self.onward is not None or not (self.single or self.gate == "routed")
+        used = [everyone or not (self.single or all(row[j] for row in self.direct)) for j in range(len(states))]
+        projected = [
+            self._image(state, weight, projector) if wanted and state is not None else None
+            for state, weight, projector, wanted in zip(states, weights, projectors, used)
+        ]
+        if passed is not None:
+            states, projected = states + list(passed.states), projected + list(passed.projected)
+            weights = weights + [share * weight for weight in passed.weights]
         return Boundary(states, projected, weights, weighted_sum(weights, projected) if need_stream else None)
 
     def _image(self, state, weight, projector):
         padded = pad(state, self.width)
         if projector is None:
             return padded
-        if self.gate in ("routed", "none"):
+        if self.gate in ("routed", "none") or not self.gated[0]:
             return projector(state)
         return projector(state, beside=padded, gate=None if self.gate == "learned" else weight)
 
@@ -262,7 +278,7 @@ class Junction:
             state = boundary.states[0]
             return [projectors[0](state) if projectors[0] is not None else state]
         wanted = targets_that_run(gates, training)
-        if self.gate == "routed":
+        if self.gate == "routed" or not self.targets:
             return [
                 self._routed(boundary, self.direct[t], self.targets[t].width, projectors[t]) if wanted[t] else None
                 for t in range(len(self.targets))
@@ -295,7 +311,7 @@ class Junction:
         """u = (1 - g) W_in(h) + g cut(h)."""
         if projector is None:
             return cut(stream, width)
-        if self.gate == "none" or len(self.targets) == 1:
+        if self.gate == "none" or not self.gated[1]:
             return projector(stream)
         return projector(stream, beside=cut(stream, width), gate=None if self.gate == "learned" else gate)
 
@@ -328,18 +344,27 @@ def junctions(config: ManticoreConfig) -> list[Junction]:
     def end(component: int, position: tuple) -> End:
         return End(component, config.components[component].hidden_size, position)
 
-    def finish(b: int, p: int) -> tuple:
-        return (config.blocks[b][p]["stop"], config.ends_component(b, p))
+    def exit_of(b: int, p: int) -> End:
+        path = config.blocks[b][p]
+        return end(path["component"], (path["stop"], config.ends_component(b, p)))
 
     stems = [end(k, (0, False)) for k in config.stem_components]
     heads = [end(k, (config.depth(k), not config.norm_in_head(k))) for k in config.head_components]
-    entries = [[end(path["component"], (path["start"], False)) for path in block] for block in config.blocks]
-    exits = [
-        [end(path["component"], finish(b, p)) for p, path in enumerate(block)] for b, block in enumerate(config.blocks)
-    ]
-    sources, targets = [stems] + exits, entries + [heads]
-    last = len(sources) - 1
-    return [Junction(sources[i], targets[i], config, i in (0, last)) for i in range(len(sources))]
+    own, targets = [stems], []
+    for b, block in enumerate(config.blocks):
+        targets.append([end(block[p]["component"], (block[p]["start"], False)) for p in config.real_paths(b)])
+        own.append([exit_of(b, p) for p in config.real_paths(b)])
+    sources, counts = [stems], [len(stems), *map(len, config.blocks), len(heads)]
+    for b, ends in enumerate(own[1:]):
+        sources.append(ends if config.skip_path(b) is None else ends + sources[-1])
+    plan: list[Junction] = []
+    for i in reversed(range(len(own))):
+        onward = plan[0] if plan and config.skip_path(i) is not None else None
+        ends = sources[i], [*targets, heads][i]
+        plan.insert(
+            0, Junction(*ends, config, i in (0, len(targets)), len(own[i]), (counts[i], counts[i + 1]), onward)
+        )
+    return plan
 
 
 class ManticorePath(nn.Module):
@@ -352,6 +377,10 @@ class ManticorePath(nn.Module):
         self.out_projector = out_projector
 
 
+class SkipPath(nn.Module):
+    """In the place of a path without a component; the block itself passes on what reached it."""
+
+
 class ManticoreBlock(nn.Module):
     """The paths that run side by side on one shared hidden state."""
 
@@ -359,13 +388,16 @@ class ManticoreBlock(nn.Module):
         super().__init__()
         self.index, self.before, self.after = index, before, after
         self.components = [path["component"] for path in config.blocks[index]]
-        entries, exits = before.in_projectors(), after.out_projectors()
+        self.real, self.skip = config.real_paths(index), config.skip_path(index)
+        entries, exits = iter(before.in_projectors()), iter(after.out_projectors())
         self.paths = nn.ModuleList()
         for p, path in enumerate(config.blocks[index]):
-            view = blueprints[path["component"]].view(
-                path["start"], path["stop"], tail=config.ends_component(index, p)
-            )
-            self.paths.append(ManticorePath(view, entries[p], exits[p]))
+            if p == self.skip:
+                self.paths.append(SkipPath())
+                continue
+            tail, blueprint = config.ends_component(index, p), blueprints[path["component"]]
+            view = blueprint.view(path["start"], path["stop"], tail=tail)
+            self.paths.append(ManticorePath(view, next(entries), next(exits)))
         count = len(self.paths)
         self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
 
@@ -393,50 +425,27 @@ class ManticoreBlock(nn.Module):
         Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation. `routers`
         collects the router logits of the components that are its keys.
         """
-        inputs = self.before.receive(boundary, [path.in_projector for path in self.paths], weights, self.training)
-        states = []
-        for p, path in enumerate(self.paths):
+        paths, own = [self.paths[p] for p in self.real], [weights[p] for p in self.real]
+        inputs, states = self.before.receive(boundary, [q.in_projector for q in paths], own, self.training), []
+        for p, path, given in zip(self.real, paths, inputs):
             if cache is not None:
-                cache.run_or_skip(self.index, p, inputs[p] is not None)
-            if inputs[p] is None:
+                cache.run_or_skip(self.index, p, given is not None)
+            if given is None:
                 states.append(None)
                 continue
             view = None if cache is None else cache.view(self.index, p)
             states.append(
                 run_view(
                     path.slice,
-                    inputs_embeds=inputs[p],
+                    inputs_embeds=given,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     cache=view,
                     router_logits=None if routers is None else routers.get(self.components[p]),
                 )
             )
-        return self.after.emit(states, weights, [path.out_projector for path in self.paths], need_stream)
-
-
-def describe(config: ManticoreConfig, parameters: int, itemsize: int) -> str:
-    """Slices, joints, parameters, key-value bytes per token and context of a hybrid, as lines of text."""
-    names = [getattr(c, "source", None) or c.model_type for c in config.components]
-    plan = junctions(config)
-    lines = [f"{'discretized hybrid' if config.is_discretized else 'supernet'} of {', '.join(names)}"]
-    lines.append("  stems: " + ", ".join(f"{names[k]} ({k})" for k in config.stem_components))
-    for b, block in enumerate(config.blocks):
-        slices = " | ".join(f"{names[p['component']]}[{p['start']}:{p['stop']}]" for p in block)
-        lines.append(f"  block {b}: {slices}{_joint(plan[b])}")
-    lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + _joint(plan[-1]))
-    lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
-    cached = sum(cache_bytes(config, path, itemsize) for block in config.blocks for path in block)
-    context = config.max_position_embeddings
-    lines.append(f"  key-value cache {cached:,} bytes per token, context {context if context else 'unlimited'}")
-    return "\n".join(lines)
-
-
-def _joint(junction: Junction) -> str:
-    if junction.single:
-        source, target = junction.sources[0], junction.targets[0]
-        return f"  (bridge {source.width} -> {target.width})" if junction.has_in[0] else "  (continues)"
-    return f"  (gate {junction.gate}{', plain' if junction.fixed else ''})"
+        through = {} if self.skip is None else {"passed": boundary, "share": weights[self.skip]}
+        return self.after.emit(states, own, [path.out_projector for path in paths], need_stream, **through)
 
 
 __all__ = ["Junction", "ManticoreBlock", "Mixture", "Projector"]

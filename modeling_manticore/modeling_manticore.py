@@ -13,6 +13,8 @@ from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import (
     ManticoreCache,
+    ManticoreModelOutput,
+    cache_growth,
     check_inputs,
     check_order,
     check_positions,
@@ -23,14 +25,12 @@ from .cache_manticore import (
     router_collectors,
     router_losses,
 )
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, move_into
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, describe, move_into
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
-    ManticoreModelOutput,
     Mixture,
     Projector,
-    describe,
     junctions,
     stream_of,
     weighted_sum,
@@ -151,6 +151,8 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
                 raise ValueError(f"weights[{b}]: got shape {tuple(point.shape)}, allowed is ({len(block.paths)},).")
             if not torch.isfinite(point).all() or (point < 0).any() or abs(point.sum().item() - 1) > 1e-4:
                 raise ValueError(f"weights[{b}]: got {point.tolist()}, allowed are numbers >= 0 with sum 1.")
+            if b in (0, len(blocks) - 1) and not point[block.real].any():
+                raise ValueError(f"weights[{b}]: got all on a skip path; the stems and heads need some of it.")
             points.append(point / point.sum())
         for point, block in zip(points, blocks):
             if block.mixture is not None:
@@ -158,7 +160,9 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
 
     def describe(self) -> str:
         """A printable account: slices, bridges, parameters, key-value bytes per token, context."""
-        return describe(self.config, sum(p.numel() for p in self.parameters()), self.dtype.itemsize)
+        joints = [joint.name for joint in junctions(self.config)]
+        cached = cache_growth(self.config, self.dtype.itemsize)
+        return describe(self.config, joints, sum(p.numel() for p in self.parameters()), cached)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """
@@ -324,7 +328,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             for k in config.tied_components
             for target, source in blueprints[k].tied_names.items()
         } or None
-        self._is_stateful = any(type(path.slice)._is_stateful for block in self.model.blocks for path in block.paths)
+        self._is_stateful = any(type(b.paths[p].slice)._is_stateful for b in self.model.blocks for p in b.real)
         materialise(self.heads, self.head_projectors)
         collect_dtype_rules(self, blueprints)
         self.post_init()

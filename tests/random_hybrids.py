@@ -71,6 +71,12 @@ def draw(seed: int, count: int) -> Draw:
         "hidden_size": max(widths) + dice.choice([0, 0, 8]),
         "projector_init": dice.choice(["identity", "random"]),
     }
+    if dice.random() < 0.4:  # a skip path: beside others anywhere, alone only between blocks
+        if seed % 2:
+            blocks.insert(dice.randint(1, num_blocks - 1), [{"component": None}])
+        else:
+            block = dice.choice(blocks)
+            block.insert(dice.randint(0, len(block)), {"component": None})
     return Draw(seed, families, widths, blocks, options)
 
 

@@ -97,14 +97,24 @@ def test_expected_cost_is_the_mean_over_choices_and_differentiable(kind, blocks)
 
 def random_table(draw: random.Random) -> CostTable:
     paths = [draw.randint(1, 3) for _ in range(draw.randint(1, 5))]
+    inner = range(1, len(paths) - 1)
+    skips = [draw.randrange(n) if b in inner and draw.random() < 0.5 else None for b, n in enumerate(paths)]
 
     def terms(top: int) -> Terms:
         def some(*shape):
             size = math.prod(shape)
             return torch.tensor([draw.randint(0, top) for _ in range(size)], dtype=torch.float64).view(*shape)
 
-        ends = -some(paths[0], paths[-1]) / 4
-        return Terms([some(n) + top for n in paths], [some(n, m) for n, m in zip(paths, paths[1:])], ends.floor())
+        nodes, ends, edges = [some(n) + top for n in paths], -some(paths[0], paths[-1]) / 4, {}
+        for b, skip in enumerate(skips):
+            if skip is not None:
+                nodes[b][skip] = 0
+        for c in range(1, len(paths)):
+            for b in reversed(range(c)):
+                edges[b, c] = some(paths[b], paths[c])
+                if skips[b] is None:
+                    break
+        return Terms(nodes, edges, ends.floor(), skips)
 
     return CostTable(16, {kind: terms(top) for kind, top in zip(COST_KINDS, (1, 40, 8, 1000))})
 
@@ -154,10 +164,11 @@ def test_two_hundred_random_beams_under_random_limits():
         checked += 1
         losses = {choice: draw.random() for choice in choices}
         paths = [list(range(n)) for n in table.paths]
-        blocks = [[{"component": p} for p in block] for block in paths]
+        blocks = [[{"component": None if p == skip else p} for p in block] for block, skip in zip(paths, table.skips)]
         runner = SimpleNamespace(
             config=SimpleNamespace(blocks=blocks),
-            ends=lambda depth, p, q: (p, q),
+            last=lambda choice, skips=table.skips: [(b, p) for b, p in enumerate(choice) if p != skips[b]][-1],
+            ends=lambda before, after: (before[1], after[1]),
             needs_bridge=lambda pair: pair[0] != pair[1],
         )
         for beam in (1, len(choices)):

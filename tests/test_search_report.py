@@ -8,7 +8,7 @@ import torch
 from search_runs import LENGTH, VARIANTS, arguments, rows, supernet, trainer_of
 from transformers import ProgressCallback, TrainerCallback
 
-from modeling_manticore import Budget, ManticoreForCausalLM, ManticoreTrainer, cost_table
+from modeling_manticore import Budget, ManticoreConfig, ManticoreForCausalLM, ManticoreTrainer, cost_table
 from modeling_manticore.search import STRATEGIES, pictures, suit_mixture
 from modeling_manticore.search.history import by_component, points_in
 from modeling_manticore.search.pictures import draw_heat_map
@@ -37,7 +37,7 @@ def test_the_folder(variant, tmp_path):
         assert block["weights"] == pytest.approx(point.tolist())
         assert block["entropy"] == pytest.approx(torch.special.entr(point).sum().item())
         probability *= point.max().item()
-    assert saved["blocks"][1]["paths"] == ["gpt_neox 1:2", "mamba2 1:2"]
+    assert saved["blocks"][1]["paths"] == ["gpt_neox[1:2]", "mamba2[1:2]"]
     assert saved["choice"] == [int(point.argmax()) for point in model.mixture_weights()]
     assert saved["probability"] == pytest.approx(probability)
     assert saved["costs"]["choice"] == table.of(saved["choice"]) and saved["choice_within_limits"] is None
@@ -60,6 +60,19 @@ def test_the_choice_within_limits(tmp_path):
     assert report.costs["choice"]["attention_blocks"] == 2
     assert report.costs["choice_within_limits"]["attention_blocks"] == 1 and report.limits == {"attention_blocks": 1}
     assert "within the limits (attention_blocks <= 1): 0,1" in str(report)
+
+
+def test_skip_paths_are_told_and_never_chosen_at_the_ends(tmp_path):
+    config = supernet("softmax").config
+    blocks = [[*block, {"component": None}] for block in config.blocks]
+    blocks.insert(1, [{"component": 0, "start": 0, "stop": 1}, {"component": None}])
+    model = ManticoreForCausalLM(ManticoreConfig(components=config.components, blocks=blocks))
+    model.set_mixture_weights([[0.1, 0.2, 0.7], [0.2, 0.8], [0.3, 0.1, 0.6]])
+    args = arguments(tmp_path, max_steps=1, mixture_learning_rate=0.0)
+    trainer = ManticoreTrainer(model, args, None, rows(8, 1))
+    trainer.train()
+    assert trainer.search_report.choice == [1, 1, 0]
+    assert trainer.search_report.blocks[1]["components"] == ["gpt_neox", "skip"]
 
 
 def test_bad_budgets(tmp_path):

@@ -143,7 +143,7 @@ def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: b
 def _bridge_steps(model: PreTrainedModel, plan: list[Junction], states: ComponentStates) -> Iterator[list[Problem]]:
     """Bridges in order of depth: from the hybrid's own state to the next component's own state."""
     for index, junction in enumerate(plan):
-        if not junction.has_in[0]:
+        if not any(junction.has_in):
             continue
         target = junction.targets[0]
 
@@ -180,28 +180,29 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
     for index, junction in enumerate(plan):
         position = _reference_position(config, reference, index)
         outs, ins = out_projectors_of(model, index), in_projectors_of(model, index)
-        for j, source in enumerate(junction.sources):
+        for j, source in enumerate(junction.sources[: junction.own]):
             if outs[j] is None:
                 continue
             if (source.component, source.position) == (reference, position):
                 _set_identity(outs[j][1])
                 continue
-            gate = _gate(junction, outs[j][1], source_gates[index][j], alone=len(junction.sources) == 1)
+            gate = _gate(junction, outs[j][1], source_gates[index][j], gated=junction.gated[0])
             if 1 - gate >= SMALLEST_SHARE:
                 read, target = own(source.component, source.position), own(reference, position)
                 problems.append(Problem(*outs[j], _ungated(read, target, gate, junction.width)))
         stream = (
             own(reference, position)
-            if junction.has_out
+            if junction.has_out and not junction.single
             else own(junction.sources[0].component, junction.sources[0].position)
         )
         for t, target in enumerate(junction.targets):
             if ins[t] is None:
                 continue
-            if junction.has_out and (target.component, target.position) == (reference, position):
+            at_reference = (target.component, target.position) == (reference, position)
+            if junction.has_out and not junction.single and at_reference:
                 _set_identity(ins[t][1])
                 continue
-            gate = _gate(junction, ins[t][1], target_gates[index][t], alone=len(junction.targets) == 1)
+            gate = _gate(junction, ins[t][1], target_gates[index][t], gated=junction.gated[1] and not junction.single)
             if 1 - gate >= SMALLEST_SHARE:
                 width = ins[t][1].in_features
                 read = _padded(stream, width)
@@ -228,8 +229,8 @@ def _padded(read: Callable, width: int) -> Callable:
     return lambda given: pad(read(given), width)
 
 
-def _gate(junction: Junction, projector: Projector, weight: float, alone: bool) -> float:
-    if alone or junction.gate in ("routed", "none"):
+def _gate(junction: Junction, projector: Projector, weight: float, gated: bool) -> float:
+    if not gated or junction.gate in ("routed", "none"):
         return 0.0
     return projector.strength().item() if junction.gate == "learned" else float(weight)
 
@@ -243,7 +244,8 @@ def _reference_position(config, reference: int, boundary: int) -> tuple[int, boo
     """Where the reference component stands at a boundary (0: after the stems, b: after block b)."""
     depth, blocks = config.depth(reference), len(config.blocks)
     if boundary > 0:
-        for p, path in enumerate(config.blocks[boundary - 1]):
+        for p in config.real_paths(boundary - 1):
+            path = config.blocks[boundary - 1][p]
             if path["component"] == reference:
                 return path["stop"], config.ends_component(boundary - 1, p)
     layer = math.floor(depth * boundary / blocks + 0.5)
@@ -260,8 +262,8 @@ def in_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, P
     """(name, module) of the in-projectors of a junction, None where a target has none."""
     config = model.config
     if junction < len(config.blocks):
-        paths = model.trunk.blocks[junction].paths
-        found = [(f"blocks.{junction}.paths.{p}.in_projector", path.in_projector) for p, path in enumerate(paths)]
+        block = model.trunk.blocks[junction]
+        found = [(f"blocks.{junction}.paths.{p}.in_projector", block.paths[p].in_projector) for p in block.real]
     else:
         table = getattr(model, "head_projectors", {})
         found = [(f"head_projectors.{k}", table[str(k)] if str(k) in table else None) for k in config.head_components]
@@ -269,7 +271,7 @@ def in_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, P
 
 
 def out_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, Projector] | None]:
-    """(name, module) of the out-projectors of a junction, None where a source has none."""
+    """(name, module) of the out-projectors of a junction's own sources, None where one has none."""
     trunk = model.trunk
     if junction == 0:
         found = [
@@ -277,8 +279,6 @@ def out_projectors_of(model: PreTrainedModel, junction: int) -> list[tuple[str, 
             for k in model.config.stem_components
         ]
     else:
-        paths = trunk.blocks[junction - 1].paths
-        found = [
-            (f"blocks.{junction - 1}.paths.{p}.out_projector", path.out_projector) for p, path in enumerate(paths)
-        ]
+        block = trunk.blocks[junction - 1]
+        found = [(f"blocks.{junction - 1}.paths.{p}.out_projector", block.paths[p].out_projector) for p in block.real]
     return [pair if pair[1] is not None else None for pair in found]

@@ -35,7 +35,8 @@ def from_components(
     Args:
         components: repository names, local folders (safetensors only) or models in memory (which are copied, not
             changed).
-        num_blocks: cut every component evenly into so many blocks, side by side in a supernet.
+        num_blocks: cut every component evenly into so many blocks, side by side in a supernet; with `skip_paths=True`
+            every block but the first and the last has a skip path too.
         blocks: or the explicit architecture, as in `ManticoreConfig`.
         dtype: of the hybrid; "auto" is the widest among the components.
         tokenizer_from: the component whose tokenizer, special tokens and generation settings the hybrid has.
@@ -53,7 +54,9 @@ def from_components(
     if (num_blocks is None) == (blocks is None):
         raise ValueError("num_blocks, blocks: give exactly one of the two.")
     loading = {key: options.pop(key) for key in LOADING_OPTIONS if key in options}
-    unknown = set(options) - set(ManticoreConfig.__dataclass_fields__)
+    if options.get("skip_paths") and blocks is not None:
+        raise ValueError("skip_paths: got True with blocks, allowed is False: list {'component': None} in blocks.")
+    unknown = set(options) - {"skip_paths"} - set(ManticoreConfig.__dataclass_fields__)
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]}: unknown option of from_components.")
     sources = component_sources(components, loading)
@@ -158,8 +161,9 @@ def _configuration(sources: list[ComponentSource], num_blocks, blocks, tokenizer
         config.source, config.revision = source.name, source.revision
         configs.append(config)
     options["tokenizer_from"] = tokenizer_from
+    skip_paths = options.pop("skip_paths", False)
     if num_blocks is not None:
-        return ManticoreConfig.from_partition(configs, num_blocks, **options)
+        return ManticoreConfig.from_partition(configs, num_blocks, skip_paths, **options)
     return ManticoreConfig(components=configs, blocks=blocks, **options)
 
 

@@ -3,14 +3,15 @@ What a discrete hybrid of a supernet costs, without building it, and the limits 
 
 Every cost of a choice p_1 .. p_B (one path index per block) is a sum over blocks, neighbours and the two ends,
 
-    cost(p) = sum_b node_b[p_b] + sum_b edge_b[p_b, p_b+1] + ends[p_1, p_B]
+    cost(p) = sum_b node_b[p_b] + sum_b,c edge_b,c[p_b, p_c] + ends[p_1, p_B]
 
-(slices with the stem, the head and their bridges; bridges between neighbours; a matrix that stem and head share). So
-the expectation under mixture weights a_b, paths drawn independently, is the same sum of sum_p a_b,p node_b[p] and so
-on: exact, and differentiable in the mixture weights.
+(slices with the stem, the head and their bridges; bridges between neighbours b < c, which have nothing but skip paths
+kept between them; a matrix that stem and head share). So the expectation under mixture weights a_b, paths drawn
+independently, is the same sum of sum_p a_b,p node_b[p] and so on: exact, and differentiable in the mixture weights. In
+the first and last block, where a skip path is never kept, the weights are renormalised without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,27 +70,49 @@ class Budget:
 
 @dataclass
 class Terms:
-    """One additive function of a choice: `nodes[b]` (P_b,), `edges[b]` (P_b, P_b+1), `ends` (P_1, P_B), float64."""
+    """
+    One additive function of a choice: `nodes[b]` (P_b,), `edges[b, c]` (P_b, P_c) for blocks b < c between which all
+    may be skipped, `ends` (P_1, P_B), float64; `skips[b]` is the index of the skip path of a block, or None.
+    """
 
     nodes: list[torch.Tensor]
-    edges: list[torch.Tensor]
+    edges: dict[tuple[int, int], torch.Tensor]
     ends: torch.Tensor
+    skips: list[int | None]
 
     def of(self, choice: Sequence[int]) -> float:
         """The value of one choice."""
         total = sum(float(node[p]) for node, p in zip(self.nodes, choice))
-        total += sum(float(edge[p, q]) for edge, p, q in zip(self.edges, choice, choice[1:]))
+        kept = [b for b, p in enumerate(choice) if p != self.skips[b]]
+        total += sum(float(self.edges[b, c][choice[b], choice[c]]) for b, c in zip(kept, kept[1:]))
         return total + float(self.ends[choice[0], choice[-1]])
 
     def expected(self, weights: list[torch.Tensor]) -> torch.Tensor:
         """The expectation, a scalar, when the path of block b is drawn from `weights[b]` (P_b,), independently."""
+        last = len(weights) - 1
+        weights = [self._without_skip(b, a) if b in (0, last) else a for b, a in enumerate(weights)]
         terms = [a @ node.to(a) for a, node in zip(weights, self.nodes)]
-        terms += [a @ edge.to(a) @ b for a, b, edge in zip(weights, weights[1:], self.edges)]
+        for (b, c), edge in self.edges.items():
+            term = weights[b] @ edge.to(weights[b]) @ weights[c]
+            for m in range(b + 1, c):
+                term = term * weights[m][self.skips[m]]
+            terms.append(term)
         first, last = weights[0], weights[-1]
         terms.append(
             first @ self.ends.to(first) @ last if len(weights) > 1 else first @ self.ends.to(first).diagonal()
         )
         return torch.stack(terms).sum()
+
+    def _without_skip(self, b: int, weights: torch.Tensor) -> torch.Tensor:
+        if self.skips[b] is None:
+            return weights
+        real = torch.arange(len(weights), device=weights.device) != self.skips[b]
+        return weights * real / (weights * real).sum()
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Terms":
+        """The terms with every tensor changed."""
+        edges = {pair: change(edge) for pair, edge in self.edges.items()}
+        return Terms([change(node) for node in self.nodes], edges, change(self.ends), self.skips)
 
 
 @dataclass
@@ -103,6 +126,11 @@ class CostTable:
     def paths(self) -> list[int]:
         """Number of paths of every block."""
         return [len(node) for node in self.terms["parameters"].nodes]
+
+    @property
+    def skips(self) -> list[int | None]:
+        """The skip path of every block, or None."""
+        return self.terms["parameters"].skips
 
     def of(self, choice: Sequence[int]) -> dict[str, float]:
         """
@@ -135,12 +163,12 @@ def cost_table(model: PreTrainedModel, context: int | None = None) -> CostTable:
         limit = f"1..{allowed}" if allowed else "a positive integer"
         raise ValueError(f"context: got {context!r}, allowed is {limit}.")
     plan = junctions(config)
-    terms = {kind: _empty([len(block) for block in config.blocks]) for kind in COST_KINDS}
+    terms = {kind: _empty(config) for kind in COST_KINDS}
     _add_slices(model, terms, context)
-    for b in range(len(config.blocks) - 1):
-        for p, source in enumerate(plan[b + 1].sources):
-            for q, target in enumerate(plan[b + 1].targets):
-                _add_bridge(terms, source, target, config, lambda t, b=b, p=p, q=q: (t.edges[b], (p, q)))
+    for b, c in terms["parameters"].edges:
+        for p, source in zip(config.real_paths(b), plan[b + 1].sources):
+            for q, target in zip(config.real_paths(c), plan[c].targets):
+                _add_bridge(terms, source, target, config, lambda t, b=b, c=c, p=p, q=q: (t.edges[b, c], (p, q)))
     _add_ends(model, terms, plan)
     return CostTable(context, terms)
 
@@ -167,8 +195,10 @@ def expected_cost(
 def largest(table: CostTable, kind: str) -> float:
     """An upper bound of the costs of all choices: the dearest path of every block and the dearest bridges."""
     terms = table.terms[kind]
-    parts = [*terms.nodes, *terms.edges, terms.ends]
-    return max(1.0, sum(float(part.max()) for part in parts))
+    total = sum(float(part.max()) for part in [*terms.nodes, terms.ends])
+    for c in range(1, len(terms.nodes)):
+        total += max(float(edge.max()) for (_, after), edge in terms.edges.items() if after == c)
+    return max(1.0, total)
 
 
 def check_kind(kind: Any, field: str = "kind") -> None:
@@ -180,19 +210,23 @@ def check_kind(kind: Any, field: str = "kind") -> None:
         raise ValueError(f"{field}: got {kind!r}, allowed are {', '.join(map(repr, COST_KINDS))}.")
 
 
-def _empty(paths: list[int]) -> Terms:
-    zeros = {"dtype": torch.float64}
-    return Terms(
-        [torch.zeros(n, **zeros) for n in paths],
-        [torch.zeros(n, m, **zeros) for n, m in zip(paths, paths[1:])],
-        torch.zeros(paths[0], paths[-1], **zeros),
-    )
+def _empty(config) -> Terms:
+    zeros, paths = {"dtype": torch.float64}, [len(block) for block in config.blocks]
+    skips = [config.skip_path(b) for b in range(len(paths))]
+    edges = {}
+    for c in range(1, len(paths)):
+        for b in reversed(range(c)):
+            edges[b, c] = torch.zeros(paths[b], paths[c], **zeros)
+            if skips[b] is None:
+                break
+    return Terms([torch.zeros(n, **zeros) for n in paths], edges, torch.zeros(paths[0], paths[-1], **zeros), skips)
 
 
 def _add_slices(model: PreTrainedModel, terms: dict[str, Terms], context: int) -> None:
     config = model.config
-    for b, (block, specs) in enumerate(zip(model.trunk.blocks, config.blocks)):
-        for p, (path, spec) in enumerate(zip(block.paths, specs)):
+    for b, block in enumerate(model.trunk.blocks):
+        for p in block.real:
+            path, spec = block.paths[p], config.blocks[b][p]
             component = config.components[spec["component"]]
             layers = DynamicCache(config=component).layers[spec["start"] : spec["stop"]]
             flops = _matrix_flops(path.slice, component)
@@ -212,20 +246,20 @@ def _add_ends(model: PreTrainedModel, terms: dict[str, Terms], plan: list[Juncti
     last = len(config.blocks) - 1
     own = count(model) - count(trunk) if not heads else 0
     stems = {source.component: source for source in plan[0].sources}
-    for p, spec in enumerate(config.blocks[0]):
-        k = spec["component"]
+    for p, target in zip(config.real_paths(0), plan[0].targets):
+        k = target.component
         terms["parameters"].nodes[0][p] += count(trunk.stems[str(k)]) + own
         terms["flops_per_token"].nodes[0][p] += _stem_flops(trunk.stems[str(k)])
-        _add_bridge(terms, stems[k], plan[0].targets[p], config, lambda t, p=p: (t.nodes[0], p))
-    for p, spec in enumerate(config.blocks[last]):
-        k = spec["component"]
+        _add_bridge(terms, stems[k], target, config, lambda t, p=p: (t.nodes[0], p))
+    for p, source in zip(config.real_paths(last), plan[last + 1].sources):
+        k = source.component
         if str(k) not in heads:
             continue
         head, component = heads[str(k)], config.components[k]
         terms["parameters"].nodes[last][p] += count(head)
         terms["flops_per_token"].nodes[last][p] += round(_matrix_flops(head, component))
         end = End(k, component.hidden_size, (config.depth(k), not config.norm_in_head(k)))
-        _add_bridge(terms, plan[last + 1].sources[p], end, config, lambda t, p=p: (t.nodes[last], p))
+        _add_bridge(terms, source, end, config, lambda t, p=p: (t.nodes[last], p))
         for q, first in enumerate(config.blocks[0]):
             if first["component"] == k:
                 shared = {id(x) for x in trunk.stems[str(k)].parameters()}

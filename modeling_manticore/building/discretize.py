@@ -33,14 +33,14 @@ def discretize(
     budget: Budget | None = None,
 ) -> PreTrainedModel:
     """
-    Keep one path per block.
+    Keep one path per block; a block whose skip path is kept goes.
 
     Consecutive slices of one component that continue each other are merged and need no bridge. Every other junction
     gets one linear bridge: the supernet's own W_in W_out at the corner (`refit=False`, or no calibration text), or
     fitted directly on `calibration` with the supernet's components as targets.
 
     Args:
-        choice: "argmax", or the index of the kept path for every block.
+        choice: "argmax", or the index of the kept path for every block; of a component in the first and last block.
         calibration: text as for `calibrate`.
         budget: hard limits. "argmax" then maximises the product of mixture weights among the choices within them.
 
@@ -89,7 +89,9 @@ def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[
             raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and one path index per block.")
         if budget is not None:
             return argmax_under(cost_table(model), model.mixture_weights(), budget, usable_paths(model))
-        return [int(point.argmax()) for point in model.mixture_weights()]
+        paths = usable_paths(model)
+        points = [point.tolist() for point in model.mixture_weights()]
+        return [max(own or range(len(point)), key=point.__getitem__) for own, point in zip(paths, points)]
     if not isinstance(choice, (list, tuple)) or len(choice) != len(blocks):
         raise ValueError(
             f"choice: got {choice!r}, allowed are 'argmax' and one path index for each of {len(blocks)} blocks."
@@ -97,6 +99,11 @@ def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[
     for b, (p, block) in enumerate(zip(choice, blocks)):
         if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < len(block):
             raise ValueError(f"choice[{b}]: got {p!r}, allowed is 0..{len(block) - 1}.")
+        if b in (0, len(blocks) - 1) and block[p]["component"] is None:
+            raise ValueError(
+                f"choice[{b}]: got the skip path {p}, allowed are {model.config.real_paths(b)}: a hybrid begins and "
+                "ends with a component."
+            )
     if budget is not None:
         costs = cost_table(model).of(choice)
         for kind, limit in budget.limits().items():
@@ -106,8 +113,13 @@ def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[
 
 
 def usable_paths(model: PreTrainedModel) -> list[list[int]]:
-    """Path indices that each block may keep: all, but in the last block those of components that have a head."""
+    """
+    Path indices that each block may keep: all, but no skip path in the first and the last block, and in the last those
+    of components that have a head.
+    """
     paths = [list(range(len(block))) for block in model.config.blocks]
+    for end in {0, len(paths) - 1}:
+        paths[end] = model.config.real_paths(end)
     if hasattr(model, "heads"):
         last = model.config.blocks[-1]
         paths[-1] = [p for p in paths[-1] if str(last[p]["component"]) in model.heads]
@@ -119,6 +131,8 @@ def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig
     paths, groups = [], []
     for b, p in enumerate(chosen):
         path = config.blocks[b][p]
+        if path["component"] is None:
+            continue
         if paths and paths[-1]["component"] == path["component"] and paths[-1]["stop"] == path["start"]:
             paths[-1]["stop"] = path["stop"]
             groups[-1].append(b)
@@ -226,55 +240,53 @@ def _fill_rest(hybrid: PreTrainedModel, model: PreTrainedModel) -> None:
 
 def _compose_bridges(hybrid, model, groups, chosen, keep) -> None:
     """Every bridge as the supernet's corner has it: W_in W_out of the two chosen paths, inside their gates."""
-    old_plan = junctions(model.config)
-    starts = [group[0] for group in groups] + [len(chosen)]
+    plan = junctions(model.config)
+    firsts, lasts = [group[0] for group in groups], [group[-1] for group in groups]
     for index, junction in enumerate(junctions(hybrid.config)):
         pair = in_projectors_of(hybrid, index)[0] if in_projectors_of(hybrid, index) else None
         if pair is None:
             continue
-        old_index = starts[index]
-        old = old_plan[old_index]
-        source = _side_index(old.sources, keep[junction.sources[0].component], old_index - 1, chosen)
-        target = _side_index(old.targets, keep[junction.targets[0].component], old_index, chosen)
-        weight, bias = corner_map(model, old, old_index, source, target)
+        source, target = keep[junction.sources[0].component], keep[junction.targets[0].component]
+        if index > 0:
+            left = (lasts[index - 1] + 1, model.config.real_paths(lasts[index - 1]).index(chosen[lasts[index - 1]]))
+        else:
+            left = (0, model.config.stem_components.index(source))
+        if index < len(groups):
+            right = (firsts[index], model.config.real_paths(firsts[index]).index(chosen[firsts[index]]))
+        else:
+            right = (len(chosen), model.config.head_components.index(target))
+        weight, bias = corner_map(model, plan, left, right)
         pair[1].weight.copy_(weight)
         pair[1].bias.copy_(bias)
 
 
-def _side_index(ends: list, component: int, block: int, chosen: list[int]) -> int:
-    """Index of the chosen path among a junction's ends; of the component's stem or head at the two outer junctions."""
-    if 0 <= block < len(chosen):
-        return chosen[block]
-    return next(i for i, end in enumerate(ends) if end.component == component)
-
-
-def corner_map(model: PreTrainedModel, junction: Junction, index: int, source: int, target: int):
+def corner_map(model: PreTrainedModel, plan: list[Junction], source: tuple[int, int], target: tuple[int, int]):
     """
     Weight (d_target, d_source) and bias (d_target,), float64, of the map from source to target at the corner where
-    both have weight 1 (equations of design 3 with a = 1).
+    both have weight 1, and skip paths between them (equations of design 3 with a = 1).
+
+    Args:
+        plan: the junctions of the model.
+        source: (junction that it is an own source of, index there). target: (junction before it, index there).
     """
-    out, into = out_projectors_of(model, index)[source], in_projectors_of(model, index)[target]
-    d_in, d_out = junction.sources[source].width, junction.targets[target].width
-    if junction.single:
+    before, after = plan[source[0]], plan[target[0]]
+    out, into = out_projectors_of(model, source[0])[source[1]], in_projectors_of(model, target[0])[target[1]]
+    if after.single:
         return into[1].weight.double(), into[1].bias.double()
-    device = model.device
-    shape = {"device": device, "dtype": torch.float64}
-    out_weight, out_bias = _gated_map(
-        junction, out, torch.eye(junction.width, d_in, **shape), alone=len(junction.sources) == 1
-    )
-    in_weight, in_bias = _gated_map(
-        junction, into, torch.eye(d_out, junction.width, **shape), alone=len(junction.targets) == 1
-    )
+    d_in, d_out = before.sources[source[1]].width, after.targets[target[1]].width
+    shape = {"device": model.device, "dtype": torch.float64}
+    out_weight, out_bias = _gated_map(before.gate, out, torch.eye(before.width, d_in, **shape), before.gated[0])
+    in_weight, in_bias = _gated_map(after.gate, into, torch.eye(d_out, after.width, **shape), after.gated[1])
     return in_weight @ out_weight, in_weight @ out_bias + in_bias
 
 
-def _gated_map(junction: Junction, named, plain: torch.Tensor, alone: bool):
+def _gated_map(gate: str, named, plain: torch.Tensor, gated: bool):
     """(1 - g) W + g P with its bias, P padding or cutting; g = 1 at a corner of "mixture"."""
     if named is None:
         return plain, plain.new_zeros(plain.shape[0])
     projector = named[1]
     weight, bias = projector.weight.double(), projector.bias.double()
-    if alone or junction.gate in ("routed", "none"):
+    if not gated or gate in ("routed", "none"):
         return weight, bias
-    gate = projector.strength() if junction.gate == "learned" else 1.0
-    return (1 - gate) * weight + gate * plain, (1 - gate) * bias
+    strength = projector.strength() if gate == "learned" else 1.0
+    return (1 - strength) * weight + strength * plain, (1 - strength) * bias

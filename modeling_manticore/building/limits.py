@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,8 @@ def best_choice(
     """
     argmax of an additive score over all choices within the budget, or None if there is none; of equal ones any.
 
-    Partial choices with the same first and last path differ from here on by what they have spent and scored alone, so
+    Partial choices with the same first and last component path differ from here on by what they have spent and scored
+    alone, so
     only those are kept that no other beats in both. Exact whatever the limits; for few distinct costs a block (cuts of
     equal size) the number of labels stays small.
 
@@ -30,22 +32,24 @@ def best_choice(
     paths = [range(n) for n in table.paths] if allowed is None else allowed
     rest = [_least_rest(term, paths) for term in terms]
     bounds = list(limits.values())
-    labels: dict[tuple[int, int], list] = {}
+    labels: dict[tuple[int, int, int], list] = {}  # first path, last block with a component, path there
     for p in paths[0]:
-        labels[p, p] = [(tuple(float(t.nodes[0][p]) for t in terms), float(score.nodes[0][p]), (p,))]
+        labels[p, 0, p] = [(tuple(float(t.nodes[0][p]) for t in terms), float(score.nodes[0][p]), (p,))]
     for b in range(1, len(paths)):
-        grown: dict[tuple[int, int], list] = {}
-        for (first, p), entries in labels.items():
+        grown: dict[tuple[int, int, int], list] = {}
+        for (first, at, p), entries in labels.items():
             for q in paths[b]:
-                step = [float(t.nodes[b][q] + t.edges[b - 1][p, q]) for t in terms]
-                gain = float(score.nodes[b][q] + score.edges[b - 1][p, q])
+                skipped = q == table.skips[b]
+                state = (first, at, p) if skipped else (first, b, q)
+                step = [float(t.nodes[b][q] + (0 if skipped else t.edges[at, b][p, q])) for t in terms]
+                gain = float(score.nodes[b][q] + (0 if skipped else score.edges[at, b][p, q]))
                 for spent, value, choice in entries:
                     cost = tuple(s + c for s, c in zip(spent, step))
                     if all(c + r[b] <= limit for c, r, limit in zip(cost, rest, bounds)):
-                        grown.setdefault((first, q), []).append((cost, value + gain, (*choice, q)))
+                        grown.setdefault(state, []).append((cost, value + gain, (*choice, q)))
         labels = {state: _undominated(entries) for state, entries in grown.items()}
     best, best_value = None, -math.inf
-    for (first, last), entries in labels.items():
+    for (first, _, last), entries in labels.items():
         for spent, value, choice in entries:
             cost = [s + float(t.ends[first, last]) for s, t in zip(spent, terms)]
             value = value + float(score.ends[first, last])
@@ -57,8 +61,7 @@ def best_choice(
 def smallest(table: CostTable, kind: str, budget: Budget | None = None, allowed: Allowed | None = None) -> int | None:
     """The least cost of a kind over the choices within a budget (None: over all); None if no choice is within it."""
     terms = table.terms[kind]
-    negated = Terms([-x for x in terms.nodes], [-x for x in terms.edges], -terms.ends)
-    choice = best_choice(table, budget, negated, allowed)
+    choice = best_choice(table, budget, terms.map(torch.neg), allowed)
     return None if choice is None else table.of(choice)[kind]
 
 
@@ -105,24 +108,21 @@ def argmax_under(
     check_feasible(table, budget, allowed)
     nodes = [point.detach().double().cpu().clamp_min(1e-300).log() for point in weights]
     plain = zeros_like(table)
-    return best_choice(table, budget, Terms(nodes, plain.edges, plain.ends), allowed)
+    return best_choice(table, budget, replace(plain, nodes=nodes), allowed)
 
 
 def zeros_like(table: CostTable) -> Terms:
     """The score that likes every choice alike."""
-    some = next(iter(table.terms.values()))
-    return Terms(
-        [torch.zeros_like(x) for x in some.nodes],
-        [torch.zeros_like(x) for x in some.edges],
-        torch.zeros_like(some.ends),
-    )
+    return next(iter(table.terms.values())).map(torch.zeros_like)
 
 
 def _least_rest(terms: Terms, paths: Allowed) -> list[float]:
     """A lower bound, after each block, of what the later blocks and the ends add."""
     rest = [float(terms.ends.min())]
     for b in range(len(paths) - 1, 0, -1):
-        least = min(float(terms.nodes[b][q] + terms.edges[b - 1][:, q].min()) for q in paths[b])
+        into = [edge for (_, after), edge in terms.edges.items() if after == b]
+        bridges = {q: 0.0 if q == terms.skips[b] else min(float(edge[:, q].min()) for edge in into) for q in paths[b]}
+        least = min(float(terms.nodes[b][q]) + bridges[q] for q in paths[b])
         rest.append(rest[-1] + least)
     return rest[::-1]
 

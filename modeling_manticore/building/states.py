@@ -147,13 +147,18 @@ def block_and_head_gates(model: PreTrainedModel) -> list[list[float]]:
     """Current gate of every target of the B + 1 junctions under gate="mixture": its own mixture weight."""
     points = [point.tolist() for point in model.mixture_weights()]
     heads = component_weights(model.config, model.config.head_block, points[model.config.head_block])
-    return points + [list(heads.values())]
+    return _of_components(model, points) + [list(heads.values())]
 
 
 def stem_and_block_gates(model: PreTrainedModel) -> list[list[float]]:
     """Current gate of every source of the B + 1 junctions under gate="mixture": its own mixture weight."""
     points = [point.tolist() for point in model.mixture_weights()]
-    return [list(component_weights(model.config, 0, points[0]).values())] + points
+    return [list(component_weights(model.config, 0, points[0]).values())] + _of_components(model, points)
+
+
+def _of_components(model: PreTrainedModel, points: list[list[float]]) -> list[list[float]]:
+    """The weights without those of skip paths."""
+    return [[point[p] for p in model.config.real_paths(b)] for b, point in enumerate(points)]
 
 
 def _assemble(model: PreTrainedModel, k: int) -> PreTrainedModel | None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..configuration_manticore import path_name
 from .pictures import SMALL, new_figure, write_figure
 
 
@@ -48,18 +49,15 @@ def component_names(config: PretrainedConfig) -> list[str]:
 
 
 def path_owners(config: PretrainedConfig) -> list[list[str]]:
-    """The component's name for every path of every block."""
+    """The component's name for every path of every block; "skip" for a path without one."""
     names = component_names(config)
-    return [[names[path["component"]] for path in block] for block in config.blocks]
+    return [["skip" if p["component"] is None else names[p["component"]] for p in block] for block in config.blocks]
 
 
 def path_names(hybrid: nn.Module) -> list[list[str]]:
     """A label for every path of every block: its component and its layers."""
-    owners = path_owners(hybrid.config)
-    return [
-        [f"{name} {path['start']}:{path['stop']}" for name, path in zip(names, block)]
-        for names, block in zip(owners, hybrid.config.blocks)
-    ]
+    names = component_names(hybrid.config)
+    return [[path_name(path, names) for path in block] for block in hybrid.config.blocks]
 
 
 def by_component(weights: list[list[float]], owners: list[list[str]]) -> tuple[list[str], list[list[float]]]:

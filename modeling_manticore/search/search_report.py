@@ -168,7 +168,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
     """
     hybrid, args, state = trainer.hybrid, trainer.args, trainer.state
     points = [point.detach().float().cpu() for point in hybrid.mixture_weights()]
-    choice = [int(point.argmax()) for point in points]
+    choice = best_choice_of(hybrid, points, table, None)
     limits = {} if trainer.budget is None else trainer.budget.limits()
     within = best_choice_of(hybrid, points, table, trainer.budget) if limits else None
     costs = {"expected": {kind: float(table.terms[kind].expected(points)) for kind in COST_KINDS}}
@@ -208,10 +208,11 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
 
 
 def best_choice_of(hybrid, points: list[torch.Tensor], table: CostTable | None, budget: Budget | None) -> list[int]:
-    """The path of the largest weight in every block; with a budget, of the largest product within it."""
+    """What `discretize` would keep: the largest weight in every block; with a budget the largest product within it."""
+    paths = usable_paths(hybrid)
     if budget is None or not budget.limits():
-        return [int(point.argmax()) for point in points]
-    return argmax_under(table, points, budget, usable_paths(hybrid))
+        return [max(own or range(len(point)), key=point.tolist().__getitem__) for own, point in zip(paths, points)]
+    return argmax_under(table, points, budget, paths)
 
 
 def probability_of(points: list[torch.Tensor], choice: list[int]) -> float:

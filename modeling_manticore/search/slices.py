@@ -1,6 +1,6 @@
 """Runs the discrete hybrids of a supernet on the supernet's own modules, sharing what their choices share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.nn import functional
@@ -13,6 +13,7 @@ from ..slicing_manticore import run_head, run_view
 
 
 Choice = tuple[int, ...]
+Place = tuple[int, int]  # block, path with a component
 Told = Callable[[dict[Choice, float]], None]
 
 
@@ -31,8 +32,9 @@ class SliceRunner:
         self.model, self.config, self.paths = model, model.config, paths
         self.blocks = len(self.config.blocks)
         plan = junctions(self.config)
-        self._exits = [junction.sources for junction in plan[1:]]
-        self._entries = [junction.targets for junction in plan[:-1]]
+        real = [self.config.real_paths(b) for b in range(self.blocks)]
+        self._exits = {(b, p): end for b in range(self.blocks) for p, end in zip(real[b], plan[b + 1].sources)}
+        self._entries = {(b, p): end for b in range(self.blocks) for p, end in zip(real[b], plan[b].targets)}
         self._stems = {end.component: end for end in plan[0].sources}
         self._heads = {end.component: end for end in plan[-1].targets}
         self._joints: dict[tuple[End, End], Junction] = {}
@@ -40,11 +42,15 @@ class SliceRunner:
         self.states = ComponentStates(self.config, [model])
 
     # ------------------------------------------------------------------ what is joined with what
-    def ends(self, depth: int, p: int | None, q: int | None) -> tuple[End, End]:
-        """The two ends at junction `depth` (0: stem -> path q; B: path p -> head) between path p and path q."""
-        target = self._entries[depth][q] if depth < self.blocks else None
-        source = self._exits[depth - 1][p] if depth > 0 else self._stems[target.component]
+    def ends(self, before: Place | None, after: Place | None) -> tuple[End, End]:
+        """The two ends that meet between two paths; None is the stem of the second or the head of the first."""
+        target = None if after is None else self._entries[after]
+        source = self._stems[target.component] if before is None else self._exits[before]
         return source, self._heads[source.component] if target is None else target
+
+    def last(self, choice: Sequence[int]) -> Place | None:
+        """The last path with a component of the beginning of a choice, None at the stem."""
+        return next(((b, p) for b, p in reversed(list(enumerate(choice))) if (b, p) in self._exits), None)
 
     def joint(self, pair: tuple[End, End]) -> Junction:
         """The junction of two ends."""
@@ -59,10 +65,12 @@ class SliceRunner:
     def pairs(self) -> list[tuple[End, End]]:
         """All pairs of ends that the choices join, in order of depth, each once."""
         found: dict[tuple[End, End], None] = {}
-        for depth in range(self.blocks + 1):
-            before = self.paths[depth - 1] if depth > 0 else [None]
-            after = self.paths[depth] if depth < self.blocks else [None]
-            found |= {self.ends(depth, p, q): None for p in before for q in after}
+        reached: list[Place | None] = [None]
+        for depth, paths in enumerate(self.paths):
+            real = [(depth, q) for q in paths if (depth, q) in self._entries]
+            found |= {self.ends(before, after): None for before in reached for after in real}
+            reached = real + (reached if len(real) < len(paths) else [])
+        found |= {self.ends(before, None): None for before in reached}
         return list(found)
 
     def fresh_bridge(self, pair: tuple[End, End]) -> Projector:
@@ -147,12 +155,15 @@ class SliceRunner:
 
         def descend(batch, depth, branch, before, state):
             if depth == self.blocks:
-                pair = self.ends(depth, before[-1], None)
+                pair = self.ends(self.last(before), None)
                 entered = self.cross(pair, state, self.bridges.get(pair))
                 sums[before] = sums.get(before, 0.0) + self.loss(batch, pair[1].component, entered)
                 return
             for p, below in branch.items():
-                pair = self.ends(depth, before[-1] if before else None, p)
+                if (depth, p) not in self._entries:
+                    descend(batch, depth + 1, below, (*before, p), state)
+                    continue
+                pair = self.ends(self.last(before), (depth, p))
                 given = self.start(batch, p) if depth == 0 else state
                 entered = self.cross(pair, given, self.bridges.get(pair))
                 descend(batch, depth + 1, below, (*before, p), self.slice(batch, depth, p, entered))
@@ -191,14 +202,17 @@ class SliceRunner:
 
         def descend(depth, branch, before, states):
             if depth == self.blocks:
-                pair = self.ends(depth, before[-1], None)
+                pair = self.ends(self.last(before), None)
                 entered = enter(pair, states)[len(calibration) :]
                 losses = [self.loss(batch, pair[1].component, x) for batch, x in zip(batches, entered)]
                 found[before] = sum(losses) / total
                 told(found)
                 return
             for p, below in branch.items():
-                pair = self.ends(depth, before[-1] if before else None, p)
+                if (depth, p) not in self._entries:
+                    descend(depth + 1, below, (*before, p), states)
+                    continue
+                pair = self.ends(self.last(before), (depth, p))
                 given = [self.start(batch, p) for batch in read] if depth == 0 else states
                 entered = enter(pair, given)
                 left = [self.slice(batch, depth, p, state) for batch, state in zip(read, entered)]

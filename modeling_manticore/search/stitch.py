@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..building.calibrate import ORDERS
-from ..building.costs import Budget, CostTable, Terms, cost_table
+from ..building.costs import Budget, CostTable, cost_table
 from ..building.discretize import usable_paths
 from ..building.limits import best_choice, check_feasible, zeros_like
 from ..building.states import Batch
@@ -186,7 +187,7 @@ def _finish(
     """The whole choice that goes on from a prefix as plainly as the budget allows; None if there is none within."""
     plain = list(prefix)
     while len(plain) < len(paths):
-        plain.append(_next(runner, paths, len(plain), plain[-1]))
+        plain.append(_next(runner, paths, plain))
     if budget is None or budget.allows(table.of(plain)):
         return tuple(plain)
     zeros = zeros_like(table)
@@ -194,18 +195,20 @@ def _finish(
     for node, p in zip(likes, plain):
         node[p] = 1.0
     allowed = [[p] for p in prefix] + paths[len(prefix) :]
-    found = best_choice(table, budget, Terms(likes, zeros.edges, zeros.ends), allowed)
+    found = best_choice(table, budget, replace(zeros, nodes=likes), allowed)
     return None if found is None else tuple(found)
 
 
-def _next(runner: SliceRunner, paths: list[list[int]], depth: int, p: int) -> int:
-    """The path of block `depth` that continues path p of the block before, else of its component, else the first."""
-    component = runner.config.blocks[depth - 1][p]["component"]
-    for q in paths[depth]:
-        if not runner.needs_bridge(runner.ends(depth, p, q)):
+def _next(runner: SliceRunner, paths: list[list[int]], prefix: list[int]) -> int:
+    """The path of the next block that continues the last slice, else of its component, else the first of any."""
+    blocks, depth, before = runner.config.blocks, len(prefix), runner.last(prefix)
+    real = [q for q in paths[depth] if blocks[depth][q]["component"] is not None]
+    for q in real:
+        if not runner.needs_bridge(runner.ends(before, (depth, q))):
             return q
-    same = [q for q in paths[depth] if runner.config.blocks[depth][q]["component"] == component]
-    return (same or paths[depth])[0]
+    component = blocks[before[0]][before[1]]["component"]
+    same = [q for q in real if blocks[depth][q]["component"] == component]
+    return (same or real or paths[depth])[0]
 
 
 def _check(model, limit, beam, keep, order, budget, folder) -> None:

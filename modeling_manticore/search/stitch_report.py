@@ -157,6 +157,8 @@ def slices_of(config: ManticoreConfig, choice: Sequence[int]) -> str:
     parts: list[list] = []
     for block, p in zip(config.blocks, choice):
         path = block[p]
+        if path["component"] is None:
+            continue
         if parts and parts[-1][0] == path["component"] and parts[-1][2] == path["start"]:
             parts[-1][2] = path["stop"]
         else:

@@ -118,8 +118,13 @@ def sweep(
     points: list[SweepPoint] = []
     best: SweepPoint | None = None
     try:
-        grid = itertools.product(*[simplex_grid(k, divisions) for k in paths])
-        with tqdm(grid, total=count, desc="sweep", unit="point", disable=not progress, leave=False) as bar:
+        grids = [simplex_grid(k, divisions) for k in paths]
+        for end in {0, len(paths) - 1}:  # stems and heads need weight on a component
+            grids[end] = [w for w in grids[end] if any(w[p] for p in model.config.real_paths(end))]
+        grid = itertools.product(*grids)
+        with tqdm(
+            grid, total=math.prod(map(len, grids)), desc="sweep", unit="point", disable=not progress, leave=False
+        ) as bar:
             for weights in bar:
                 model.set_mixture_weights(list(weights))
                 points.append(SweepPoint([list(w) for w in weights], held_out_loss(model, batches)))
