@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Mixture, Projector
+from .partial import ComponentPart
 from .sources import LOADING_OPTIONS, ComponentSource, check_tokenizers, component_sources
 
 
@@ -66,19 +67,25 @@ def from_components(
     dtype = _common_dtype(sources) if dtype == "auto" else _dtype(dtype)
     if len(sources) > 1:
         check_tokenizers(sources, tokenizer_from)
-    return assemble(cls, config, dtype, lambda k: sources[k].load(dtype), owned=[s.model is None for s in sources])
+    return assemble(
+        cls, config, dtype, lambda k, part: sources[k].load(dtype, part), [s.model is None for s in sources]
+    )
 
 
 def assemble(
     cls: type[PreTrainedModel],
     config: ManticoreConfig,
     dtype: torch.dtype,
-    load: Callable[[int], PreTrainedModel],
+    load: Callable[[int, ComponentPart], PreTrainedModel],
     owned: list[bool],
 ) -> PreTrainedModel:
     """
-    Build the hybrid on meta and fill it with one component after the other, so that memory holds the hybrid and one
-    component at most. `owned[k]`: the component's tensors may be moved instead of copied.
+    Build the hybrid on meta and fill it with one component after the other. From disk only what the hybrid uses is
+    read, so that memory holds the hybrid; where the dtype stays, its tensors are the files mapped into memory.
+
+    Args:
+        load: component index and the part of it that is used -> the component.
+        owned: whether a component's tensors may be moved instead of copied.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -88,7 +95,7 @@ def assemble(
     finally:
         torch.set_default_dtype(default)
     for k in config.used_components:
-        component = load(k)
+        component = load(k, ComponentPart.of(config, k, heads=hasattr(model, "heads")))
         fill_from_component(model, k, component, move=owned[k])
         if k == config.tokenizer_from and model.can_generate():
             model.generation_config = copy.deepcopy(component.generation_config)

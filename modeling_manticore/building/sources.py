@@ -1,5 +1,6 @@
 """What a component given by name or folder is, checked before anything is loaded."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import extract_commit_hash
 
 from ..slicing_manticore import find_layers
+from .partial import ComponentPart, needed_shards, partial_class
 
 
 LOADING_OPTIONS = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -38,9 +39,10 @@ class ComponentSource:
     revision: str | None = None
     model: PreTrainedModel | None = None
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype, part: ComponentPart) -> PreTrainedModel:
         """
-        The uncut component on the CPU, in evaluation mode.
+        The component on the CPU, in evaluation mode; from disk only the part that is used, its tensors mapped into
+        memory where their dtype stays.
 
         Raises:
             ValueError: its weights cannot be read, or some of its tensors are missing or of another shape.
@@ -49,9 +51,11 @@ class ComponentSource:
             return self.model
         where = f"components[{self.index}] ({self.name})"
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **self.options
-            )
+            options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            with needed_shards(self.name, self.config, part, self.options) as (name, own):
+                model, info = partial_class(self.config, part).from_pretrained(
+                    name, config=copy.deepcopy(self.config), **options, **own
+                )
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{where}: its weights cannot be read: {error}") from error
         for problem in ("missing_keys", "mismatched_keys"):
