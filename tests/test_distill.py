@@ -6,7 +6,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny import FAMILIES, VOCAB, component, tokens
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from modeling_manticore import (
     ManticoreForCausalLM,
@@ -225,6 +231,21 @@ def test_teachers_by_name_index_and_list(tmp_path):
     assert loss(1, hidden_weight=1.0) > loss(1)
     hybrid(names).save_pretrained(tmp_path / "hybrid")
     assert loss(str(tmp_path / "hybrid")) < 1e-6 < loss(0)
+
+
+def test_a_teacher_of_another_tokenizer(tmp_path):
+    names = saved_parts(tmp_path)
+    for name, word in zip(names, ("begin", "start")):
+        words = {word: 0} | {f"w{i}": i for i in range(1, VOCAB)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w1").save_pretrained(name)
+    model = hybrid(parts())
+    model.config.components[0].source = names[0]
+    trainer_of(tmp_path / "run", model, names[0])
+    with pytest.raises(
+        ValueError, match=r"differs from the hybrid's, .* in 2 tokens, among them \['begin', 'start'\]"
+    ):
+        trainer_of(tmp_path / "run", model, names[1])
 
 
 def test_a_cache_teaches_what_the_teacher_does(tmp_path):

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..building.sources import tokens_of
 from ..building.states import keep_input
 from ..cache_manticore import derive_positions
 from ..slicing_manticore import find_layers
@@ -83,7 +84,8 @@ class Teacher:
     temperature 1 is learning from each by the same weight, since mean_k KL(p_k || q) = KL(mean p || q) + constant.
 
     Raises:
-        ValueError: a model is no causal language model of the student's vocabulary, or shares weights with it.
+        ValueError: a model is no causal language model of the student's vocabulary, has another tokenizer (where both
+            were loaded from a place that has one), or shares weights with the student.
     """
 
     def __init__(self, models: list[nn.Module], student: nn.Module | None = None):
@@ -94,6 +96,7 @@ class Teacher:
             if student is None:
                 continue
             check_vocabulary(where, vocabulary_of(model), student.config.vocab_size)
+            check_tokenizer(where, plain(model).config.name_or_path, student.config)
             own = {id(p) for p in student.parameters()}
             if any(id(p) in own for p in model.parameters()):
                 raise ValueError(f"{where}: it shares weights with the model that is trained; allowed is a copy.")
@@ -225,6 +228,23 @@ def check_vocabulary(where: str, size: int, expected: int) -> None:
     """
     if size != expected:
         raise ValueError(f"{where}: got a vocabulary of {size} tokens, allowed is the hybrid's, {expected}.")
+
+
+def check_tokenizer(where: str, name: str, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the teacher's tokenizer and that of the hybrid (`config`) give the same text different ids.
+    """
+    own = getattr(config.components[config.tokenizer_from], "source", None)
+    if not name or own is None or name == own:
+        return
+    theirs, ours = tokens_of(name, {}), tokens_of(own, {})
+    if theirs is not None and ours is not None and theirs != ours:
+        different = sorted({token for token, _ in theirs.items() ^ ours.items()})
+        raise ValueError(
+            f"{where}: the tokenizer in {name!r} differs from the hybrid's, that in {own!r}, in {len(different)} "
+            f"tokens, among them {different[:3]}; allowed is a teacher that reads the same ids."
+        )
 
 
 def vocabulary_of(model: nn.Module) -> int:
