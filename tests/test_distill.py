@@ -361,6 +361,20 @@ def test_adapters_learn_from_a_teacher(tmp_path):
     assert trainer.state.log_history[0]["distill/kl"] > 0
 
 
+def test_checkpointed_layers_are_matched_too(tmp_path):
+    components = parts()
+
+    def weights(**options):
+        trainer = trainer_of(tmp_path, hybrid(components), components[0], hidden_weight=0.5, optim="sgd", **options)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    plain = weights()
+    checkpointed = weights(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("options", [{"stage": "finetune"}, {"stage": "projectors"}, {"strategy": "darts"}])
 def test_other_stages_take_the_term_too(options, tmp_path):
     model = ManticoreForCausalLM.from_components(parts(), num_blocks=2)
