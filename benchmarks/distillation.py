@@ -39,7 +39,7 @@ from modeling_manticore.tasks.text import as_dataset, cache_folder, interleave
 
 CHAIN = [[{"component": b % 2, "start": b, "stop": b + 1}] for b in range(6)]
 ARMS = {"labels": 0.0, "distilled w=1": 1.0, "distilled w=0.5": 0.5}
-RATES = [1e-3, 2e-3, 4e-3]
+RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
 COMPONENT_STEPS, COMPONENT_RATE, BATCH = 450, 3e-3, 8
 
 
