@@ -57,6 +57,10 @@ def test_the_whole_path(folders, tmp_path, capsys):
         assert hybrid.config.is_discretized and blocks in (None, len(hybrid.config.blocks))
         assert f"The hybrid is in {cut}" in capsys.readouterr().out
 
+    taught = settings | {"model": cut, "output_dir": tmp_path / "taught", "stage": "distill"}
+    assert not main(["train"] + options(teacher=["0", parts[1]], **taught))
+    assert "held-out loss" in capsys.readouterr().out
+
     numbers = tmp_path / "numbers" / "numbers.json"
     assert not main(["evaluate"] + options(model=cut, texts=[text], rows=8, output_file=numbers, **rows))
     assert "perplexity" in capsys.readouterr().out
