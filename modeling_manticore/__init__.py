@@ -47,7 +47,9 @@ _LAZY = {
     "ManticoreSFTTrainer": ".search.sft",
     "ManticoreTrainer": ".search",
     "ManticoreTrainingArguments": ".search",
+    "ProgrammingReport": ".search.programming_report",
     "lora_config": ".search.adapters",
+    "program": ".search.programming",
     "stitch": ".search.stitch",
     "sweep": ".search.sweep",
 }
@@ -73,11 +75,13 @@ __all__ = [
     "ManticoreSFTTrainer",
     "ManticoreTrainer",
     "ManticoreTrainingArguments",
+    "ProgrammingReport",
     "calibrate",
     "cost_table",
     "discretize",
     "expected_cost",
     "lora_config",
+    "program",
     "stitch",
     "sweep",
 ]

@@ -15,7 +15,10 @@ STRATEGIES = {
     "dash": "as joint, with Gumbel noise of falling temperature (as joint)",
     "darts": "mixture and weights step in turn, each on its own split, by `ManticoreTrainer(search_dataset=...)` "
     "in Python (about twice joint)",
+    "mad": "programming: joint search on synthetic tasks with fresh stems and heads, components frozen; keeps the "
+    "largest weight of each block (a joint step per step, but --program_steps of them for any amount of text)",
 }
+SEARCHED_HERE = ("stitch", "sweep", "mad")
 RELATIVE = (
     "stitch with --halving adds about half a fine-tuning for 8 hybrids (4 of them at 5 %% of the tokens, 2 at 15 %%)"
 )
@@ -55,6 +58,12 @@ class SearchOptions:
     )
     halving_tokens: int = field(default=1_000_000, metadata={"help": "The whole budget that 5 and 15 %% are of."})
     halving_learning_rate: float = field(default=3e-4, metadata={"help": "Of those runs."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["in-context-recall"],
+        metadata={"help": "Of strategy mad: TASK or TASK=WEIGHT; `manticore mad` has the same tasks."},
+    )
+    task_length: int | None = field(default=None, metadata={"help": "Of strategy mad: tokens per row; default MAD's."})
+    program_steps: int = field(default=200, metadata={"help": "Of strategy mad: optimizer steps."})
     max_attention_blocks: int | None = field(default=None, metadata={"help": "Limit: blocks with attention."})
     max_parameters: int | None = field(default=None, metadata={"help": "Limit: parameters."})
     max_cache_bytes_per_token: int | None = field(default=None, metadata={"help": "Limit: KV-cache growth."})
@@ -80,18 +89,22 @@ def run(arguments: list[str]) -> None:
         "keep",
         "divisions",
         "halving_tokens",
+        "task_length",
+        "program_steps",
     )
     require((options.model is None) != (options.components is None), "model, components: give exactly one of the two.")
     require(
         options.components is None or options.num_blocks is not None,
         "num_blocks: got None, allowed with components is a positive integer.",
     )
-    if options.strategy not in ("stitch", "sweep"):
+    if options.strategy not in SEARCHED_HERE:
         _refuse_strategy(options.strategy)
 
-    from .. import Budget, HalvingOptions, calibrate, discretize, stitch, sweep
+    from .. import Budget, HalvingOptions, calibrate, discretize, program, stitch, sweep
+    from ..search.programming_data import task_weights
     from .models import check_output, load_tokenizer
 
+    tasks = task_weights(_tasks(options.tasks))
     budget = Budget(
         **{name: getattr(options, name) for name in Budget.__dataclass_fields__ if getattr(options, name) is not None}
     )
@@ -100,9 +113,18 @@ def run(arguments: list[str]) -> None:
     model = _supernet(options)
     tokenizer = load_tokenizer(options.model or options.components[0])
     calibration, scored = _texts(options, tokenizer)
-    if options.strategy == "sweep":
-        if options.components:
-            print(calibrate(model, calibration, batch_size=options.batch_size))
+    if options.strategy in ("sweep", "mad") and options.components:
+        print(calibrate(model, calibration, batch_size=options.batch_size))
+    if options.strategy == "mad":
+        settings = {task: {"sequence_length": options.task_length} for task in tasks if options.task_length}
+        report = program(
+            model, tasks, settings=settings, steps=options.program_steps, folder=folder / "report", apply=True
+        )
+        result = discretize(
+            model, "argmax", calibration, order=options.order, batch_size=options.batch_size, budget=budget
+        )
+        kind = "hybrid"
+    elif options.strategy == "sweep":
         report = sweep(
             model,
             scored,
@@ -145,9 +167,21 @@ def _refuse_strategy(name: str) -> None:
     require(
         name not in trained and name not in STRATEGIES,
         f"strategy: {name!r} trains the supernet: manticore train --stage search --strategy {name}; allowed here are "
-        "'stitch' and 'sweep'.",
+        f"{', '.join(map(repr, SEARCHED_HERE))}.",
     )
-    raise ValueError(f"strategy: got {name!r}, allowed are 'stitch' and 'sweep'.")
+    raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(map(repr, SEARCHED_HERE))}.")
+
+
+def _tasks(words: list[str]) -> dict[str, float]:
+    """Weights of MAD tasks from TASK and TASK=WEIGHT."""
+    tasks = {}
+    for word in words:
+        task, _, weight = word.partition("=")
+        try:
+            tasks[task] = float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f"tasks: got {word!r}, allowed are TASK and TASK=WEIGHT.") from error
+    return tasks
 
 
 def _supernet(options: SearchOptions):
