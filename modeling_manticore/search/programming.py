@@ -127,7 +127,7 @@ def program(
             set_mixture_kind(fresh, kind)
         trainer = _trainer(fresh, arguments, batches, validation, steps, progress)
         trainer.train(ignore_keys_for_eval=SIDE_OUTPUTS)
-        if steps % eval_steps:
+        if _course(trainer.state.log_history, next(iter(weights)))[-1]["step"] < steps:
             trainer.evaluate(ignore_keys=SIDE_OUTPUTS)
     found = [point.detach().cpu().tolist() for point in fresh.eval().mixture_weights()]
     report = ProgrammingReport(
