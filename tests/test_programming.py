@@ -34,7 +34,7 @@ TINY = {"rows": 48, "validation_rows": 8, "batch_size": 4, "steps": 6, "mixture_
 
 
 def state_of(model):
-    """What must not change: tensors, flags, modes, configuration, random state of the caller's generator."""
+    """What must not change: tensors, flags, modes, configuration."""
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]

@@ -53,7 +53,7 @@ def program(
     steps: int = 200,
     batch_size: int = 16,
     rows: int | None = None,
-    validation_rows: int = 256,
+    validation_rows: int = 128,
     learning_rate: float = 1e-3,
     mixture_learning_rate: float = 1e-2,
     train_components: bool = False,
