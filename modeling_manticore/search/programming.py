@@ -86,7 +86,8 @@ def program(
         eval_steps: steps between two evaluations; by default a quarter of `steps`.
         folder: for `report.save`.
         apply: set the weights found, `model.set_mixture_weights(report.weights)`.
-        **options: further fields of `ManticoreTrainingArguments`.
+        **options: further fields of `ManticoreTrainingArguments`. (A `cost_weight` weighs the costs of the second
+            supernet, with the embeddings and heads of the tasks.)
 
     Returns:
         the report: `weights` for `set_mixture_weights`, their course, accuracy and loss of every task over the steps.

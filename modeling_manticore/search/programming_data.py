@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ def joint_rows(
     offset = 0
     for task, setting in settings.items():
         wanted = setting.train_rows
-        doubled = MadSetting(**(vars(setting) | {"train_rows": wanted * 2})) if searched else setting
+        doubled = replace(setting, train_rows=2 * wanted) if searched else setting
         made = make_splits(doubled, validation_rows, 1, seed)
         made["search"] = tuple(part[wanted:] for part in made["train"])
         made["train"] = tuple(part[:wanted] for part in made["train"])
