@@ -7,8 +7,9 @@ hybrids, and the weights that its gradient strategies found on text, are read fr
 and seeds that are not finished there are left out). For each of them `program` runs on the same calibrated supernets:
 on in-context recall, and on a weighted set of three tasks (recall, copying, facts: the cheapest three). Reported after
 100 and 200 steps: rank and regret of the argmax, the distance of the weights to those of the text searches (mean over
-blocks of half the L1 distance: 0 equal, 1 disjoint) and the share of blocks with the same argmax. The expectation for
-a random choice, the distance between two searches on text, and the distance of uniform weights stand beside it.
+blocks of half the L1 distance: 0 equal, 1 disjoint), the share of blocks with the same argmax, and the test loss of
+the calibrated supernet with these weights, untrained. The searches on text stand beside it, and a random choice
+(expected rank and regret) with uniform weights (their distance, the loss of the supernet).
 
 Finished units are kept in the work folder, so a killed run goes on. `--choices FILE` writes the choices in the form
 that `benchmarks/regret.py --choices` adds to its table.
@@ -26,9 +27,9 @@ from pathlib import Path
 from statistics import mean, variance
 
 import torch
-from _components import TIME_NOTE, Shape, Store, Workshop, work_folder
+from _components import TIME_NOTE, Shape, Store, Workshop, loss_of, work_folder
 from _shared import quiet, shown, summary, write
-from regret import BLOCKS, CHOICES, PAIRS, judged
+from regret import BLOCKS, CHOICES, PAIRS, TUNED, judged
 
 from modeling_manticore import ManticoreForCausalLM, calibrate, program
 
@@ -65,33 +66,45 @@ class Truth:
                 if settings["shape"] == asdict(shape) and settings["tokens"] == tokens:
                     units.append((settings, unit["result"]))
 
-    def losses(self, pair: str, seed: int) -> dict[str, float] | None:
-        """Test loss of all hybrids at the one rate at which all were fine-tuned, or None if some are missing."""
+    def rate(self, pair: str) -> float | None:
+        """The learning rate of fine-tuning that `regret.py` chose: the lowest mean search loss on seed 0."""
         by_rate: dict = {}
         for settings, result in self.units["fine_tuned"]:
-            if (settings["pair"], settings["seed"], settings["repeat"]) == (pair, seed, 0):
-                name = "".join(map(str, settings["choice"]))
-                by_rate.setdefault(settings["rate"], {})[name] = result["test"]
-        return next((losses for losses in by_rate.values() if len(losses) == len(CHOICES)), None)
+            if (settings["pair"], settings["seed"], settings["repeat"]) == (pair, 0, 0) and settings[
+                "choice"
+            ] in TUNED:
+                by_rate.setdefault(settings["rate"], []).append(result["search"])
+        means = {rate: mean(losses) for rate, losses in by_rate.items() if len(losses) == len(TUNED)}
+        return min(means, key=means.get, default=None)
+
+    def losses(self, pair: str, seed: int) -> dict[str, float] | None:
+        """Test loss of all hybrids after fine-tuning, or None if some are missing."""
+        found = {}
+        for settings, result in self.units["fine_tuned"]:
+            key = settings["pair"], settings["seed"], settings["repeat"], settings["rate"]
+            if key == (pair, seed, 0, self.rate(pair)):
+                found["".join(map(str, settings["choice"]))] = result["test"]
+        return found if len(found) == len(CHOICES) else None
 
     def noise(self, pair: str) -> float:
         """Standard deviation over the order of the fine-tuning rows, from the hybrids that were repeated."""
         groups: dict = {}
         for settings, result in self.units["fine_tuned"]:
-            if settings["pair"] == pair:
-                key = (settings["seed"], settings["rate"], tuple(settings["choice"]))
-                groups.setdefault(key, []).append(result["test"])
+            if (settings["pair"], settings["rate"]) == (pair, self.rate(pair)):
+                groups.setdefault((settings["seed"], *settings["choice"]), []).append(result["test"])
         spreads = [variance(losses) for losses in groups.values() if len(losses) > 1]
         return math.sqrt(mean(spreads)) if spreads else 0.0
 
     def text_weights(self, pair: str, seed: int, name: str) -> list[dict]:
-        """Snapshots of a search on text, at the mixture rate that most runs of its kind have."""
+        """Snapshots of a search on text at the mixture rate that most runs have; seconds with calibration."""
         strategy, gate = name.rsplit(", ", 1)
         same = [(s, r) for s, r in self.units["trajectory"] if (s["strategy"], s["gate"]) == (strategy, gate)]
         rates = Counter(s["mixture_rate"] for s, _ in same)
         own = [(s, r) for s, r in same if (s["pair"], s["seed"]) == (pair, seed)]
         found = max(own, key=lambda unit: rates[unit[0]["mixture_rate"]], default=None)
-        return [] if found is None else found[1]["snapshots"]
+        if found is None:
+            return []
+        return [s | {"seconds": s["seconds"] + found[1]["calibration_seconds"]} for s in found[1]["snapshots"]]
 
 
 class Programs:
@@ -151,6 +164,18 @@ class Programs:
         found = self.store.once("programmed", settings, make)
         return found | {"weights": {int(step): weights for step, weights in found["weights"].items()}}
 
+    def loss_on_text(self, pair: str, seed: int, weights: list[list[float]]) -> float:
+        """Test loss of the calibrated supernet with these mixture weights, nats."""
+
+        def make() -> dict:
+            model, _ = self.supernet(pair, seed)
+            model.set_mixture_weights(weights)
+            return {"loss": loss_of(model, self.workshop.mixed("test", 256))}
+
+        settings = {"shape": asdict(self.shape), "pair": pair, "seed": seed, "weights": weights}
+        settings |= {"calibration_rows": self.given.calibration_rows, "test_rows": 256}
+        return self.store.once("weights_on_text", settings, make)["loss"]
+
 
 def distance(first: list[list[float]], second: list[list[float]]) -> list[float]:
     """Of every block, half the L1 distance between two points of the simplex."""
@@ -185,6 +210,7 @@ def measured(programs: Programs, truth: Truth, pair: str, seed: int) -> dict:
         rows[name] = judged(losses, tie, [argmax(point) for point in weights]) | {
             "seconds": seconds,
             "weights": weights,
+            "supernet_loss": programs.loss_on_text(pair, seed, weights),
         }
         # Against the searches on text at their last step, but not against itself.
         ends = {key.split(" on ")[0]: value[0] for key, value in text.items()}
@@ -195,9 +221,9 @@ def measured(programs: Programs, truth: Truth, pair: str, seed: int) -> dict:
                 rows[name][f"agrees with {key}"] = agreement(weights, end)
     uniform = [[0.5, 0.5]] * BLOCKS
     random = [judged(losses, tie, choice) for choice in CHOICES]
-    rows["random (expected)"] = {key: mean(row[key] for row in random) for key in ("rank", "regret")}
-    rows["random (expected)"] |= {"seconds": 0.0}
-    rows["random (expected)"] |= {f"agrees with {key}": 0.5 for key in ends} | {
+    rows["random, uniform"] = {key: mean(row[key] for row in random) for key in ("rank", "regret")}
+    rows["random, uniform"] |= {"seconds": 0.0, "supernet_loss": programs.loss_on_text(pair, seed, uniform)}
+    rows["random, uniform"] |= {f"agrees with {key}": 0.5 for key in ends} | {
         f"to {key}": mean(distance(uniform, end)) for key, end in ends.items()
     }
     return {"pair": pair, "seed": seed, "truth": losses, "tie": tie, "rows": rows}
@@ -207,8 +233,22 @@ def table_of(runs: list[dict]) -> dict:
     """Means and intervals over pairs and seeds, printed."""
     names = list(dict.fromkeys(name for run in runs for name in run["rows"]))
     texts = [name.split(",")[0] for name in TEXT]
-    columns = ["rank", "regret", "seconds", *(f"to {name}" for name in TEXT), *(f"agrees with {n}" for n in TEXT)]
-    heads = ["rank of 8", "regret, nats", "CPU seconds", *(f"to {t}" for t in texts), *(f"agrees {t}" for t in texts)]
+    columns = [
+        "rank",
+        "regret",
+        "seconds",
+        "supernet_loss",
+        *(f"to {name}" for name in TEXT),
+        *(f"agrees with {n}" for n in TEXT),
+    ]
+    heads = [
+        "rank of 8",
+        "regret, nats",
+        "CPU seconds",
+        "supernet loss",
+        *(f"to {t}" for t in texts),
+        *(f"agrees {t}" for t in texts),
+    ]
     print(f"\n{len(runs)} runs (pairs x seeds); mean +- 95 % interval over them")
     print(f"{'':<44}" + "".join(f"{head:>18}" for head in heads))
     table = {}
@@ -229,7 +269,7 @@ def against_random(runs: list[dict]) -> dict:
     """Regret of each variant minus that of a random choice, over runs (below 0 is better)."""
     found = {}
     for name in (f"mad {variant}, {step} steps" for variant in VARIANTS for step in STEPS):
-        rows = [(run["rows"][name], run["rows"]["random (expected)"]) for run in runs if name in run["rows"]]
+        rows = [(run["rows"][name], run["rows"]["random, uniform"]) for run in runs if name in run["rows"]]
         if rows:
             found[name] = summary([own["regret"] - random["regret"] for own, random in rows])
     return found
