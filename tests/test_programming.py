@@ -118,7 +118,7 @@ def test_several_tasks_and_the_report(tmp_path, monkeypatch):
         assert all(0 <= point["accuracy"] <= 1 and point["loss"] > 0 for point in course)
         assert task in str(report)
     assert report.course[1][0][0] == (0, 0.5) and report.course[1][0][-1][1] == pytest.approx(report.weights[1][0])
-    assert "gpt_neox 0:1" in str(report) and "8 steps" in str(report)
+    assert "gpt_neox[0:1]" in str(report) and "8 steps" in str(report)
     assert {file.name for file in (tmp_path / "a" / "report").iterdir()} == {"programming.json", "mixture_weights.png"}
     assert ProgrammingReport.load(tmp_path / "a" / "report") == report
     assert json.loads((tmp_path / "a" / "report" / "programming.json").read_text())["weights"] == report.weights
@@ -188,6 +188,15 @@ def test_fresh_ends(family):
     again, other = (with_fresh_ends(model, 11, seed=seed).state_dict() for seed in (2, 3))
     assert all(torch.equal(value, again[name]) for name, value in frozen.state_dict().items())
     assert not torch.equal(frozen.get_input_embeddings().weight, other["model.stems.0." + embedding_name(model)])
+
+
+def test_a_skip_path_has_a_weight_like_any_other():
+    model = ManticoreForCausalLM.from_components(
+        [component("gpt_neox"), component("mamba2")], num_blocks=3, skip_paths=True
+    )
+    report = program(model, settings=RECALL, apply=True, **TINY)
+    assert [len(point) for point in report.weights] == [2, 3, 2] and report.paths[1][2] == "skip"
+    assert model.mixture_weights()[1].tolist() == pytest.approx(report.weights[1], abs=1e-6)
 
 
 def embedding_name(model):

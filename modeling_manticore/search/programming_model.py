@@ -54,7 +54,7 @@ def with_fresh_ends(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         new = {id(tensor) for view, module in _ends(fresh) for tensor in _initialised(view, module, model.device)}
-    slices = {id(p) for block in fresh.trunk.blocks for path in block.paths for p in path.slice.parameters()}
+    slices = {id(p) for block in fresh.trunk.blocks for i in block.real for p in block.paths[i].slice.parameters()}
     for name, old in _tensors(fresh).items():
         if id(old) in new:
             continue

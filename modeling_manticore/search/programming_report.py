@@ -42,7 +42,7 @@ class ProgrammingReport:
 
     @property
     def choice(self) -> list[int]:
-        """The path of the largest weight in every block."""
+        """The path of the largest weight in every block; `discretize` keeps no skip path in the first and last."""
         return [point.index(max(point)) for point in self.weights]
 
     @property
