@@ -48,7 +48,9 @@ _LAZY = {
     "ManticoreTrainer": ".search",
     "ManticoreTrainingArguments": ".search",
     "cache_teacher": ".search.teacher_cache",
+    "ProgrammingReport": ".search.programming_report",
     "lora_config": ".search.adapters",
+    "program": ".search.programming",
     "stitch": ".search.stitch",
     "sweep": ".search.sweep",
 }
@@ -75,11 +77,13 @@ __all__ = [
     "ManticoreTrainer",
     "ManticoreTrainingArguments",
     "cache_teacher",
+    "ProgrammingReport",
     "calibrate",
     "cost_table",
     "discretize",
     "expected_cost",
     "lora_config",
+    "program",
     "stitch",
     "sweep",
 ]
