@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .callbacks import PLOT_NAME
 from .history import mixture_courses, plot_mixtures
+from .search_report import FILES
 from .stitch_report import write_json
 
 
@@ -81,7 +81,7 @@ class ProgrammingReport:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / REPORT_NAME, asdict(self))
         if importlib.util.find_spec("matplotlib") is not None:
-            plot_mixtures(self.log_history, folder / PLOT_NAME, self.paths)
+            plot_mixtures(self.log_history, folder / FILES[2], self.paths)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ProgrammingReport":
