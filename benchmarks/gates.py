@@ -281,7 +281,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    given.shape, given.rates = {}, [1e-3, 3e-3, 6e-3]
+    given.shape, given.rates = {}, [3e-3, 6e-3, 1.2e-2]
     given.calibration_rows, given.test_rows, given.train_rows = 512, 512, 8192
     if given.quick:
         given.shape = {"width": 32, "layers": 3, "component_tokens": 20_000}

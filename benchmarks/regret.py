@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=160_000, help="of fine-tuning a hybrid")
     parser.add_argument("--rows", type=int, default=16, help="a step of fine-tuning")
     parser.add_argument("--search_rows_per_step", type=int, default=4, help="a step of a gradient search")
-    parser.add_argument("--search_rate", type=float, default=1e-3, help="of the weights in a gradient search")
+    parser.add_argument("--search_rate", type=float, default=3e-3, help="of the weights in a gradient search")
     parser.add_argument("--repeats", type=int, default=2, help="further orders of some hybrids, for the noise")
     parser.add_argument("--work", help="folder of finished units (default: in the cache folder)")
     parser.add_argument("--choices", help="JSON file with choices of other strategies")
@@ -378,7 +378,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given.entries = json.loads(Path(given.choices).read_text()) if given.choices else []
     given.shape, given.steps = {}, [50, 100, 200, 400]
-    given.rates, given.mixture_rates = [1e-3, 3e-3, 6e-3], [0.01, 0.1, 1.0]
+    given.rates, given.mixture_rates = [3e-3, 6e-3, 1.2e-2], [0.01, 0.1, 1.0]
     given.calibration_rows, given.scored_rows, given.test_rows, given.train_rows = 512, 256, 512, 8192
     if given.quick:
         given.shape = {"width": 32, "layers": 3, "component_tokens": 20_000}
