@@ -1,17 +1,19 @@
 """
 Bridges in closed form against bridges by gradient descent, the components frozen.
 
-Two discretized hybrids of a gpt_neox (bible) and a mamba2 (python): halves, and six alternating slices. Ridge
-regressions read N tokens of mixed text. Gradient descent (stage "projectors", AdamW, its own linear decay for every
-budget) starts from identity, from random and from the ridge's solution, and gets 1, 3, 5 and 10 times N, each token
-once, and 30 times where 10 is not enough. Its learning rate is chosen on seed 0 by the loss on the search split, at
-3 N for budgets up to 5 N and at 10 N for those beyond. Ridge regressions also read less than N: "times fewer tokens"
-is the largest budget at which descent is still behind, over the tokens that the regressions read.
+Two discretized hybrids, halves and six alternating slices, of two pairs: a gpt_neox (bible) and a mamba2 (python) on
+mixed text, of which each knows one half, and both families of one domain (python) on text of that domain. Ridge
+regressions read N tokens or a part of them. Gradient descent (stage "projectors", AdamW, its own linear decay for
+every budget) starts from identity, from random and from the ridge's solution, and gets a quarter of N up to 10 N, each
+token once, and 30 N where 10 N are not enough. Its learning rate is chosen on seed 0 by the loss on the search split,
+at a quarter of N, at N and at 3 N; larger budgets take the last. "Times fewer tokens" is the largest budget at which
+descent is still behind, over the tokens that the regressions read.
 
 Finished units are kept in the work folder, so a killed run goes on and further seeds can be added.
 """
 
 import argparse
+import itertools
 import time
 from dataclasses import asdict
 
@@ -21,9 +23,14 @@ from _shared import quiet, shown, summary, write
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from modeling_manticore import ManticoreForCausalLM, calibrate
+from modeling_manticore.tasks.text import interleave
 
 
-PAIR = [("gpt_neox", "bible"), ("mamba2", "python")]
+PAIRS = {
+    "two domains": [("gpt_neox", "bible"), ("mamba2", "python")],
+    "one domain": [("gpt_neox", "python"), ("mamba2", "python")],
+}
+HYBRIDS = ("halves", "alternating")
 ORDERS = ("parallel", "sequential")
 STARTS = ("identity", "random", "ridge")
 TARGET = 5
@@ -39,19 +46,25 @@ def slices(hybrid: str, layers: int) -> list:
 
 
 class Run:
-    """One hybrid with one seed: what is measured of it, each in the store."""
+    """One hybrid of one pair with one seed: what is measured of it, each in the store."""
 
-    def __init__(self, workshop: Workshop, given: argparse.Namespace, hybrid: str, seed: int):
+    def __init__(self, workshop: Workshop, given: argparse.Namespace, pair: str, hybrid: str, seed: int):
         self.workshop, self.store, self.given = workshop, workshop.store, given
-        self.hybrid, self.seed = hybrid, seed
-        self.same = {"shape": asdict(workshop.shape), "hybrid": hybrid, "seed": seed, "unit_rows": given.unit_rows}
-        self.test = workshop.mixed("test", given.test_rows, seed=0)
-        self.search = workshop.mixed("search", given.test_rows // 2, seed=0)
+        self.components, self.hybrid, self.seed = PAIRS[pair], hybrid, seed
+        self.same = {"shape": asdict(workshop.shape), "pair": pair, "hybrid": hybrid, "seed": seed}
+        self.same |= {"unit_rows": given.unit_rows}
+        self.test = self.text("test", given.test_rows, 0)
+        self.search = self.text("search", given.test_rows // 2, 0)
+
+    def text(self, part: str, count: int, seed: int) -> torch.LongTensor:
+        """Rows of the domains of the pair."""
+        domains = sorted({domain for _, domain in self.components})
+        return interleave([self.workshop.rows[domain][part] for domain in domains], count, seed)
 
     def model(self, start: str) -> PreTrainedModel:
         """The hybrid with identity or random bridges, or with those of ridge regressions in order."""
         set_seed(300 + self.seed)
-        folders = self.workshop.components(PAIR, self.seed)
+        folders = self.workshop.components(self.components, self.seed)
         model = ManticoreForCausalLM.from_components(
             folders,
             blocks=slices(self.hybrid, self.workshop.shape.layers),
@@ -63,15 +76,14 @@ class Run:
 
     def calibrate(self, model: PreTrainedModel, order: str, share: float) -> None:
         """Ridge regressions on a share of the N tokens."""
-        folders = self.workshop.components(PAIR, self.seed)
+        folders = self.workshop.components(self.components, self.seed)
         uncut = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
         rows = self.rows(1)[: round(share * self.given.unit_rows)]
         calibrate(model, rows, order=order, components=uncut, progress=False)
 
-    def rows(self, multiple: int) -> torch.LongTensor:
-        """So many times N tokens; the same first rows for every multiple."""
-        largest = max(self.given.multiples) * self.given.unit_rows
-        return self.workshop.mixed("train", largest, seed=400 + self.seed)[: multiple * self.given.unit_rows]
+    def rows(self, multiple: float) -> torch.LongTensor:
+        """So many times N tokens. (30 N of one domain are more than there are; a fifth is read twice.)"""
+        return self.text("train", round(multiple * self.given.unit_rows), 400 + self.seed)
 
     def at_start(self, start: str) -> dict:
         """Test loss before any training."""
@@ -89,7 +101,7 @@ class Run:
 
         return self.store.once("bridges_ridge", self.same | {"order": order, "share": share}, make)
 
-    def descent(self, start: str, multiple: int, rate: float) -> dict:
+    def descent(self, start: str, multiple: float, rate: float) -> dict:
         """Losses after gradient descent on the bridges alone, and its CPU seconds."""
 
         def make() -> dict:
@@ -112,7 +124,7 @@ class Run:
         return self.store.once("bridges_descent", settings, make)
 
 
-def behind(course: dict[int, dict], goal: float, share: float) -> dict:
+def behind(course: dict[float, dict], goal: float, share: float) -> dict:
     """The first budget (times N) of a descent that reaches a loss, None if none does, and the last one before it."""
     first = next((multiple for multiple, found in course.items() if found["test"] <= goal), None)
     before = max((m for m in course if first is None or m < first), default=0)
@@ -127,18 +139,23 @@ class Benchmark:
         self.workshop = Workshop(Shape(**given.shape), Store(work_folder(given.work, "small_components")))
         self.rates: dict[str, dict] = {}
 
-    def rate(self, hybrid: str, start: str, multiple: int) -> float:
-        """The best learning rate on seed 0, at 3 N for small budgets and at 10 N for large ones."""
-        at = self.given.tuned_at[0] if multiple <= 5 else self.given.tuned_at[1]
-        run = Run(self.workshop, self.given, hybrid, 0)
+    def rate(self, pair: str, hybrid: str, start: str, multiple: float) -> float:
+        """The best learning rate on seed 0, at the largest tuned budget up to this one."""
+        at = max(m for m in self.given.tuned_at if m <= multiple)
+        run = Run(self.workshop, self.given, pair, hybrid, 0)
         losses = {rate: run.descent(start, at, rate)["search"] for rate in self.given.rates}
-        self.rates[f"{hybrid}, from {start}, at {at} N"] = losses
+        self.rates[f"{pair}, {hybrid}, from {start}, at {at} N"] = losses
         return min(losses, key=losses.get)
 
-    def measured(self, hybrid: str, seed: int) -> dict:
+    def measured(self, pair: str, hybrid: str, seed: int) -> dict:
         """All figures of one hybrid and seed."""
-        run = Run(self.workshop, self.given, hybrid, seed)
-        found = {"hybrid": hybrid, "seed": seed, "step_0": {s: run.at_start(s)["test"] for s in STARTS[:2]}}
+        run = Run(self.workshop, self.given, pair, hybrid, seed)
+        found = {
+            "pair": pair,
+            "hybrid": hybrid,
+            "seed": seed,
+            "step_0": {s: run.at_start(s)["test"] for s in STARTS[:2]},
+        }
         found["ridge"] = {
             f"{order}, {share:g} N": run.ridge(order, share) | {"share": share}
             for order in ORDERS
@@ -149,10 +166,10 @@ class Benchmark:
         for start in STARTS:
             course = {}
             for multiple in self.given.multiples:
-                beyond = multiple > self.given.always
-                if beyond and (start == "ridge" or min(c["test"] for c in course.values()) <= min(goals.values())):
+                reached = any(c["test"] <= min(goals.values()) for c in course.values())
+                if start == "ridge" and multiple not in self.given.from_ridge or multiple > 10 and reached:
                     continue
-                course[multiple] = run.descent(start, multiple, self.rate(hybrid, start, multiple))
+                course[multiple] = run.descent(start, multiple, self.rate(pair, hybrid, start, multiple))
             found["descent"][start] = course
         found["reached"] = {
             f"{name}, from {start}": behind(found["descent"][start], ridge["test"], ridge["share"])
@@ -165,30 +182,30 @@ class Benchmark:
         """Seed by seed; the table and the JSON after every seed."""
         runs = []
         for seed in range(self.given.seeds):
-            runs += [self.measured(hybrid, seed) for hybrid in ("halves", "alternating")]
+            runs += [self.measured(pair, hybrid, seed) for pair in PAIRS for hybrid in HYBRIDS]
             self.report(runs)
 
     def report(self, runs: list[dict]) -> None:
         """Print and write what there is."""
         table = {}
-        for hybrid in ("halves", "alternating"):
-            own = [found for found in runs if found["hybrid"] == hybrid]
+        for pair, hybrid in itertools.product(PAIRS, HYBRIDS):
+            own = [found for found in runs if (found["pair"], found["hybrid"]) == (pair, hybrid)]
             rows = {f"{start}, step 0": [f["step_0"][start] for f in own] for start in STARTS[:2]}
             rows |= {f"ridge {name}": [f["ridge"][name]["test"] for f in own] for name in own[0]["ridge"]}
             seconds = {f"ridge {name}": [f["ridge"][name]["seconds"] for f in own] for name in own[0]["ridge"]}
             for start in STARTS:
                 for multiple in sorted({m for f in own for m in f["descent"][start]}):
                     with_it = [f["descent"][start][multiple] for f in own if multiple in f["descent"][start]]
-                    rows[f"descent from {start}, {multiple} N"] = [c["test"] for c in with_it]
-                    seconds[f"descent from {start}, {multiple} N"] = [c["seconds"] for c in with_it]
-            print(f"\n{hybrid}: test loss in nats, CPU seconds")
+                    rows[f"descent from {start}, {multiple:g} N"] = [c["test"] for c in with_it]
+                    seconds[f"descent from {start}, {multiple:g} N"] = [c["seconds"] for c in with_it]
+            print(f"\n{pair}, {hybrid}: test loss in nats, CPU seconds")
             for name, values in rows.items():
                 print(f"  {name:<32} {shown(values):>16}  {shown(seconds[name]) if name in seconds else ''}")
             fewer = {name: [f["reached"][name]["times_fewer_tokens_above"] for f in own] for name in own[0]["reached"]}
             for name, values in fewer.items():
                 met = "met" if min(values) >= TARGET else "not met"
                 print(f"  tokens of ridge {name}: more than {values} times fewer, target {TARGET} {met}")
-            table[hybrid] = {
+            table[f"{pair}, {hybrid}"] = {
                 "loss": {name: summary(values) for name, values in rows.items()},
                 "seconds": {name: summary(values) for name, values in seconds.items()},
                 "times_fewer_tokens_above": fewer,
@@ -213,8 +230,13 @@ def main() -> None:
     given = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    given.shape, given.multiples, given.always, given.tuned_at = {}, [1, 3, 5, 10, 30], 10, [3, 10]
-    given.rates, given.test_rows, given.shares = [1e-3, 3e-3, 1e-2], 512, [0.0625, 0.125, 0.25, 0.5, 1.0]
+    given.shape, given.multiples, given.from_ridge, given.tuned_at = (
+        {},
+        [0.25, 0.5, 1, 3, 5, 10, 30],
+        [1, 3, 10],
+        [0.25, 1, 3],
+    )
+    given.rates, given.test_rows, given.shares = [3e-3, 1e-2, 3e-2], 512, [0.0625, 0.25, 1.0]
     if given.quick:
         given.shape = {"width": 32, "layers": 4, "component_tokens": 20_000}
         given.seeds, given.unit_rows, given.test_rows, given.rates = 1, 32, 16, [1e-3, 1e-2]
