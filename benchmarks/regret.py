@@ -202,11 +202,10 @@ def judged(truth: dict[str, float], tie: float, choice: list[int]) -> dict:
 
 
 def best_of_course(found: dict, truth: dict[str, float], tie: float) -> dict:
-    """The cheapest snapshot at the best rank of a trajectory, and the last choice beside it."""
+    """The cheapest snapshot at the best rank of a trajectory, and all of them beside it; with calibration's seconds."""
     rows = [snapshot | judged(truth, tie, snapshot["choice"]) for snapshot in found["snapshots"]]
-    best = min(rows, key=lambda row: (row["rank"], row["steps"]))
-    best = best | {"seconds": best["seconds"] + found["calibration_seconds"]}
-    return best | {"last": {key: rows[-1][key] for key in ("choice", "rank", "regret", "seconds")}}
+    rows = [row | {"seconds": row["seconds"] + found["calibration_seconds"]} for row in rows]
+    return min(rows, key=lambda row: (row["rank"], row["steps"])) | {"course": rows}
 
 
 class Benchmark:
@@ -253,7 +252,7 @@ class Benchmark:
                 rate: best_of_course(run.trajectory(name, gate, rate), truth, 2 * self.noise[pair])
                 for rate in self.given.mixture_rates
             }
-            keys = {rate: (r["rank"], r["last"]["rank"], r["steps"], r["regret"]) for rate, r in rows.items()}
+            keys = {rate: (r["rank"], r["course"][-1]["rank"], r["steps"], r["regret"]) for rate, r in rows.items()}
             self.mixture_rates[f"{name}, {gate}"] = min(keys, key=keys.get)
 
     def measured(self, pair: str, seed: int) -> dict:
@@ -311,11 +310,13 @@ class Benchmark:
             table[name] = {key: summary(values) for key, values in columns.items()} | {"runs": len(rows)}
             table[name]["worst_rank"] = max(columns["rank"])
             cells = f"{shown(columns['rank']):>16} {shown(columns['regret']):>18} {shown(columns['seconds']):>18}"
-            if "last" in rows[0]:
-                for key in ("rank", "regret", "seconds"):
-                    table[name][f"last_{key}"] = summary([row["last"][key] for row in rows])
+            if "course" in rows[0]:
                 table[name]["steps"] = [row["steps"] for row in rows]
-                cells += f"  {table[name]['last_rank']['mean']:9.2f} {table[name]['last_regret']['mean']:.3f}"
+                table[name]["at_steps"] = at = {
+                    steps: {key: summary([row["course"][i][key] for row in rows]) for key in columns}
+                    for i, steps in enumerate(self.given.steps)
+                }
+                cells += "  " + "  ".join(f"{v['rank']['mean']:.2f} {v['regret']['mean']:.3f}" for v in at.values())
             print(f"{name:<26} {cells}")
             for pair in self.pairs:
                 own = [found["rows"][name] for found in runs if name in found["rows"] and found["pair"] == pair]
