@@ -202,7 +202,7 @@ def judged(truth: dict[str, float], tie: float, choice: list[int]) -> dict:
 
 
 def best_of_course(found: dict, truth: dict[str, float], tie: float) -> dict:
-    """The cheapest snapshot at the best rank of a trajectory, and all of them beside it; with calibration's seconds."""
+    """The cheapest snapshot at the best rank of a trajectory, and all of them; calibration's seconds are in all."""
     rows = [snapshot | judged(truth, tie, snapshot["choice"]) for snapshot in found["snapshots"]]
     rows = [row | {"seconds": row["seconds"] + found["calibration_seconds"]} for row in rows]
     return min(rows, key=lambda row: (row["rank"], row["steps"])) | {"course": rows}
@@ -302,7 +302,7 @@ class Benchmark:
         names = list(dict.fromkeys(name for found in runs for name in found["rows"]))
         table, by_pair = {}, {}
         print(
-            f"\n{'strategy':<26} {'rank of 8':>16} {'regret, nats':>18} {'CPU seconds':>18}  {'last rank':>9} regret"
+            f"\n{'strategy':<26} {'rank of 8':>16} {'regret, nats':>18} {'CPU seconds':>18}  rank, regret at {self.given.steps}"
         )
         for name in names:
             rows = [found["rows"][name] for found in runs if name in found["rows"]]
