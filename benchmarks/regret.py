@@ -6,7 +6,7 @@ Three pairs of small trained components, several seeds. The learning rate of fin
 (on the search split), the mixture's per gradient strategy and gate on seed 0 of the first pair (on the regret, which
 favours these strategies). Hybrids closer than twice the seed noise of their fine-tuned loss are ties. Gradient
 strategies run once for 400 steps; reported is the cheapest of 50, 100, 200, 400 at which the run's best rank is
-reached, which nobody knows beforehand, and the choice at the last step beside it.
+reached, which nobody knows beforehand, and every step count beside it.
 
 Finished units are kept in the work folder, so a killed run goes on and further seeds can be added. `--choices` adds
 rows of strategies that ran elsewhere: a JSON list of {"strategy", "pair", "seed", "choice", "seconds"}, `pair` as in
@@ -301,9 +301,8 @@ class Benchmark:
         """Print and write what there is."""
         names = list(dict.fromkeys(name for found in runs for name in found["rows"]))
         table, by_pair = {}, {}
-        print(
-            f"\n{'strategy':<26} {'rank of 8':>16} {'regret, nats':>18} {'CPU seconds':>18}  rank, regret at {self.given.steps}"
-        )
+        names_of_columns = f"{'strategy':<26} {'rank of 8':>16} {'regret, nats':>18} {'CPU seconds':>18}"
+        print(f"\n{names_of_columns}  rank, regret at {self.given.steps} steps")
         for name in names:
             rows = [found["rows"][name] for found in runs if name in found["rows"]]
             columns = {key: [row[key] for row in rows] for key in ("rank", "regret", "seconds")}
