@@ -47,7 +47,8 @@ def from_components(
             embedding and head rows of components with another vocabulary are transplanted; `transplant_report` of the
             hybrid says how many were copied or averaged.
         tokenizers: for components without one (models in memory): a list with a tokenizer, name, folder or None each.
-        pad_to_multiple_of: pad the vocabulary to a multiple of this; logits of padding are -inf.
+        pad_to_multiple_of: pad the vocabulary to a multiple of this; padding has the lowest logits there are, so that
+            its probability is 0.
         attn_implementation: as in transformers, for the components that have attention.
         **options: `revision`, `subfolder`, `variant`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`
             (one value, or a list with one per component); anything else goes to `ManticoreConfig`.

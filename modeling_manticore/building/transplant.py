@@ -127,7 +127,7 @@ def plan_vocabulary(
 
     Args:
         tokenizers: one per component: a tokenizer, a name or folder, or None for the component's own.
-        pad_to_multiple_of: pad the vocabulary to a multiple of this; padded logits are -inf.
+        pad_to_multiple_of: pad the vocabulary to a multiple of this, with ids of probability 0.
 
     Raises:
         ValueError: an option is out of range; vocabularies differ and a tokenizer cannot be found; or a tokenizer has
