@@ -207,9 +207,9 @@ class Transplant:
             bags = torch.repeat_interleave(torch.arange(len(ids)), lengths[ids])
             taken = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in ids.tolist()])
             sums = matrix.new_zeros((len(ids), *matrix.shape[1:]), dtype=torch.float32)
-            sums.index_add_(0, bags, matrix[self.pieces[taken]].float())
+            sums.index_add_(0, bags.to(matrix.device), matrix[self.pieces[taken]].float())
             divisor = lengths[ids].view(-1, *[1] * (matrix.ndim - 1))
-            result[ids] = (sums / divisor).to(matrix.dtype)
+            result[ids] = (sums / divisor.to(matrix.device)).to(matrix.dtype)
         return result
 
 
