@@ -1,9 +1,9 @@
 """
 Transplanted vocabularies: two components with tokenizers of their own (a GPT-NeoX on the Bible, a Llama on Python
-source), joined under the first one's. Bits per byte on held-out Python source after transplanting and calibration on C
-tokens, without any gradient, against the Llama with fresh embeddings and head trained alone on 10 C tokens; targets of
-calibration on the component's own tokens against targets on the transplanted ids. What is done is kept in the work
-folder, seed by seed.
+source) joined under the tokenizer of one of them. Bits per byte on held-out Python source after transplanting and
+calibration on C tokens of such text, without any gradient, against the transplanted component with fresh embeddings
+and head trained alone on 10 C tokens (those alone, or the whole); targets of calibration on the component's own tokens
+against targets on the transplanted ids. What is done is kept in the work folder, part by part.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +28,6 @@ from modeling_manticore.tasks.text import cache_folder, corpus, pack, split, tra
 
 
 DOMAINS = ("bible", "python")
-HYBRIDS = {  # of the Bible's GPT-NeoX (0) and the Python Llama (1), both of four layers
-    "python": [(1, 0, 4)],
-    "bible-python": [(0, 0, 2), (1, 2, 4)],
-    "python-bible": [(1, 0, 2), (0, 2, 4)],
-    "bible-python-bible": [(0, 0, 1), (1, 1, 3), (0, 3, 4)],
-}
 TARGETS = ("own", "transplanted")
 
 
@@ -113,9 +109,10 @@ class Bench:
             d: torch.tensor([len(content or b"") for content in Vocabulary(t).contents])
             for d, t in self.tokenizers.items()
         }
-        decode = self.tokenizers["bible"].decode
-        chosen = self.rows["python", "bible"][: options.calibration_tokens // options.length]
-        self.calibration = [decode(row) for row in chosen]
+        count = options.calibration_tokens // options.length
+        self.calibration = {
+            d: [t.decode(r) for r in self.rows["python", d][:count]] for d, t in self.tokenizers.items()
+        }
 
     def component(self, domain: str, seed: int, work: Path):
         """A component trained on its domain with its own tokenizer; kept in the work folder."""
@@ -129,48 +126,82 @@ class Bench:
             os.replace(folder.with_suffix(".new"), folder)
         return AutoModelForCausalLM.from_pretrained(folder).eval()
 
-    def measure(self, seed: int, work: Path) -> dict:
-        """All figures of one seed."""
-        options = self.options
+    def hybrids(self, seed: int, speaker: str, work: Path) -> dict:
+        """Bits per byte of everything made without a gradient, under the tokenizer of one component."""
         pair = [self.component(domain, seed, work) for domain in DOMAINS]
-        speakers = [self.tokenizers[domain] for domain in DOMAINS]
-        held_out = self.held_out["bible"], self.lengths["bible"]
-        result: dict = {"own tokenizer": bits_per_byte(pair[1], self.held_out["python"], self.lengths["python"])}
-        result["other component"] = bits_per_byte(pair[0], *held_out)
-        for name, paths in HYBRIDS.items():
-            blocks = [[{"component": k, "start": start, "stop": stop}] for k, start, stop in paths]
-            for targets in TARGETS if len(blocks) > 1 else TARGETS[:1]:
-                model = ManticoreForCausalLM.from_components(pair, blocks=blocks, tokenizers=speakers)
-                counts = model.transplant_report.components[1].counts
+        tokenizers = [self.tokenizers[domain] for domain in DOMAINS]
+        s = DOMAINS.index(speaker)
+        o, held_out = 1 - s, (self.held_out[speaker], self.lengths[speaker])
+        native = self.held_out[DOMAINS[o]], self.lengths[DOMAINS[o]]
+        result: dict = {
+            f"{DOMAINS[o]}, own tokenizer": bits_per_byte(pair[o], *native),
+            f"{speaker}, own tokenizer": bits_per_byte(pair[s], *held_out),
+        }
+        for places in ([(o, 0, 4)], [(s, 0, 2), (o, 2, 4)], [(o, 0, 2), (s, 2, 4)], [(s, 0, 1), (o, 1, 3), (s, 3, 4)]):
+            name = "-".join(DOMAINS[k] for k, _, _ in places)
+            blocks = [[{"component": k, "start": start, "stop": stop}] for k, start, stop in places]
+            options = {"blocks": blocks, "tokenizers": tokenizers, "tokenizer_from": s}
+            own = any(k == o for k, _, _ in places[1:])  # else no bridge leads into the transplanted component
+            for targets in TARGETS if own else TARGETS[1:]:
+                model = ManticoreForCausalLM.from_components(pair, **options)
                 if len(blocks) > 1:
-                    report = calibrate(
-                        model,
-                        self.calibration,
-                        speakers[0],
-                        components=pair,
-                        tokenizers=speakers,
-                        targets=targets,
-                        progress=False,
-                    )
-                    result.setdefault("matched", {})[name] = report.matched.get(1, result.get("matched", {}).get(name))
-                label = name if len(blocks) == 1 else f"{name}, {targets} targets"
+                    known = {"components": pair, "tokenizers": tokenizers, "targets": targets, "progress": False}
+                    report = calibrate(model, self.calibration[speaker], tokenizers[s], **known)
+                    result.setdefault("matched", report.matched.get(o))
+                label = f"{name}, {targets} targets" if own else name
                 result[label] = bits_per_byte(model, *held_out)
-        result["rows"] = counts
+        result["rows"] = model.transplant_report.components[o].counts
+        return result
+
+    def fresh(self, seed: int, speaker: str, work: Path) -> dict:
+        """Bits per byte of the other component with an untrained vocabulary, trained alone on 10 C tokens."""
+        options, other = self.options, DOMAINS[1 - DOMAINS.index(speaker)]
+        result = {}
         for kind in ("frozen trunk", "whole"):
-            fresh = with_fresh_vocabulary(pair[1], seed)
-            matrices = [fresh.get_input_embeddings().weight, fresh.get_output_embeddings().weight]
-            for p in fresh.parameters():
+            model = with_fresh_vocabulary(self.component(other, seed, work), seed)
+            matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+            for p in model.parameters():
                 p.requires_grad_(kind == "whole" or any(p is matrix for matrix in matrices))
             budget = 10 * options.calibration_tokens
-            rows = self.rows["python", "bible"][: budget // options.length]
-            train(fresh, rows, budget, options, f"fresh, {kind} {seed}", seed)
-            result[f"fresh, {kind}"] = bits_per_byte(fresh, *held_out)
+            rows = self.rows["python", speaker][: budget // options.length]
+            train(model, rows, budget, options, f"{other} with fresh vocabulary, {kind}, {seed}", seed)
+            held_out = self.held_out[speaker], self.lengths[speaker]
+            result[f"{other}, fresh vocabulary, {kind}"] = bits_per_byte(model, *held_out)
         return result
+
+
+def kept(file: Path, make: Callable[[], dict]) -> dict:
+    """What the file holds; made and written first where there is none."""
+    if not file.is_file():
+        found = make()
+        file.with_suffix(".new").write_text(json.dumps(found))
+        os.replace(file.with_suffix(".new"), file)
+    return json.loads(file.read_text())
+
+
+def table(speaker: str, runs: list[dict]) -> dict:
+    """Print and return the figures under one component's tokenizer."""
+    numbers = [key for key, value in runs[0].items() if isinstance(value, float) and key != "matched"]
+    bases = [key for key in numbers if "fresh vocabulary" in key]
+    print(f"tokenizer of {speaker}: bits per byte on held-out Python source, {len(runs)} seeds")
+    print(f"  rows {runs[0]['rows']}, tokens matched {runs[0]['matched']:.1%}")
+    width = max(map(len, numbers))
+    print(f"  {'':{width}s} bits per byte, and as multiple of: " + "; ".join(bases))
+    result = {}
+    for key in numbers:
+        ratios = {base: [run[key] / run[base] for run in runs] for base in bases}
+        shares = "" if key in bases else "  ".join(f"{shown(ratio):>16s}" for ratio in ratios.values())
+        print(f"  {key:{width}s} {shown([run[key] for run in runs]):>16s}  {shares}")
+        result[key] = {"bits_per_byte": summary([run[key] for run in runs])} | {
+            f"as multiple of {base}": summary(ratio) for base, ratio in ratios.items()
+        }
+    return {"figures": result, "rows": [r["rows"] for r in runs], "matched": [r["matched"] for r in runs]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokenizers", nargs="+", default=list(DOMAINS), choices=DOMAINS, help="whose, one by one")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--length", type=int, default=128)
@@ -187,36 +218,24 @@ def main() -> None:
     torch.set_num_threads(1)
     work = Path(options.work_folder or cache_folder(options.cache_folder) / "benchmarks" / "transplant")
     work.mkdir(parents=True, exist_ok=True)
-    bench, runs = None, []
-    for seed in options.seeds:
-        kept = work / f"result-{seed}.json"
-        if not kept.is_file():
-            bench = Bench(options) if bench is None else bench
-            found = bench.measure(seed, work)
-            kept.with_suffix(".new").write_text(json.dumps(found))
-            os.replace(kept.with_suffix(".new"), kept)
-        runs.append(json.loads(kept.read_text()))
-    figures = [key for key, value in runs[0].items() if isinstance(value, float)]
-    results = {key: summary([run[key] for run in runs]) for key in figures}
-    print(f"bits per byte on held-out Python source, {len(runs)} seeds:")
-    for key in figures:
-        print(f"  {key:44s} {shown([run[key] for run in runs])}")
-    ratios = {}
-    for key in figures[2:-2]:
-        for base in figures[-2:]:
-            ratios[f"{key} / {base}"] = summary([run[key] / run[base] for run in runs])
-            print(f"  {key} / {base}: {shown([run[key] / run[base] for run in runs])}")
-    print(f"  rows {runs[0]['rows']}, matched {runs[0]['matched']}")
-    write(
-        "transplant",
-        {
-            "calibration_tokens": options.calibration_tokens,
-            "bits_per_byte": results,
-            "ratios": ratios,
-            "rows": [run["rows"] for run in runs],
-            "matched": [run["matched"] for run in runs],
-        },
-    )
+    bench: list[Bench] = []
+
+    def measure(part: str, seed: int, speaker: str) -> dict:
+        if not bench:
+            bench.append(Bench(options))
+        return getattr(bench[0], part)(seed, speaker, work)
+
+    results = {}
+    for speaker in options.tokenizers:
+        runs = []
+        for seed in options.seeds:
+            run = {}
+            for part in ("hybrids", "fresh"):
+                file = work / f"{part}-{speaker}-{seed}.json"
+                run |= kept(file, partial(measure, part, seed, speaker))
+            runs.append(run)
+        results[speaker] = table(speaker, runs)
+    write("transplant", {"calibration_tokens": options.calibration_tokens, "tokenizer_of": results})
 
 
 if __name__ == "__main__":

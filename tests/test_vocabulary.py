@@ -393,13 +393,15 @@ def test_a_transplanted_hybrid_calibrates_from_its_recorded_sources(tokenizers, 
     names = [tokenizers["first"], tokenizers["second"]]
     texts = [text[i : i + 200] for text in TOPICS[:10] for i in range(0, 800, 200)]
     blocks = [[path(0, 0, 2)], [path(1, 2, 4)]]
-    for targets in ("own", "transplanted", None):
+    for targets, own in (("own", True), ("transplanted", False), (None, True)):
         named = ManticoreForCausalLM.from_components(folders, blocks=blocks)
         given = ManticoreForCausalLM.from_components(pair, blocks=blocks, tokenizers=names)
-        calibrate(named, texts, targets=targets, progress=False)
+        report = calibrate(named, texts, targets=targets, progress=False)
+        assert bool(report.matched) == own
         calibrate(given, texts, names[0], targets=targets, components=pair, tokenizers=names, progress=False)
         for name, tensor in named.state_dict().items():
             torch.testing.assert_close(given.state_dict()[name], tensor, msg=name)
+    assert not calibrate(named, torch.randint(0, 400, (40, 8)), progress=False).matched
 
 
 def refused(message, models_, **options):

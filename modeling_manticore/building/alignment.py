@@ -33,7 +33,7 @@ def align_batches(
     batches: list[Batch], states: ComponentStates, wanted: Iterable[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[int, float]:
     """
-    Tokenize the batches for each of the wanted components whose vocabulary was transplanted (`Batch.own`).
+    Tokenize the batches for each of the wanted components, whose vocabularies were transplanted (`Batch.own`).
 
     Args:
         tokenizer: the hybrid's, if not the recorded one.
@@ -45,7 +45,7 @@ def align_batches(
         ValueError: the texts are no strings, a tokenizer or an uncut component is missing, or nothing is matched.
     """
     config, shares = states.config, {}
-    for k in sorted(k for k in wanted if states.is_transplanted(k)):
+    for k in sorted(wanted):
         if batches[0].texts is None:
             raise ValueError("targets: got 'own' with rows of token ids, allowed is 'transplanted', or strings.")
         states.own_base(k)

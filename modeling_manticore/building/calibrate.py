@@ -99,7 +99,8 @@ def calibrate(
             folder or None each; by default those of their recorded sources.
         targets: what a component whose vocabulary was transplanted says the target is: "own", its states when it reads
             the text in its own tokenization (strings only), at the positions where tokens of both end at one byte; or
-            "transplanted", its states on the hybrid's tokens. TARGETSDEFAULT
+            "transplanted", its states on the hybrid's tokens. By default "own" where the texts are strings and the
+            uncut component and its tokenizer are given or recorded.
 
     Returns:
         The held-out fit and chosen strength of every projector. Memory holds the activations of one batch only.
@@ -128,8 +129,10 @@ def calibrate(
         wanted.add(_reference(model.config))
         inputs.add(_reference(model.config))
     report = CalibrationReport("sequential" if sequential else "parallel")
-    if targets == "own":
-        report.matched = align_batches(batches, states, wanted, tokenizer)
+    reads_own = {k for k in wanted if states.is_transplanted(k)} if targets != "transplanted" else set()
+    if targets is None:
+        reads_own = {k for k in reads_own if batches[0].texts is not None and states.can_read_own(k, tokenizer)}
+    report.matched = align_batches(batches, states, reads_own, tokenizer)
     states.check(inputs | {k for k in wanted if k not in report.matched})
     report.tokens = sum(batch.tokens(batch.input_ids[..., None]).shape[0] for batch in batches)
     was_training = model.training

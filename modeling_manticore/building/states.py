@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -67,6 +67,13 @@ class ComponentStates:
         """
         for k in wanted:
             self._complete(k)
+
+    def can_read_own(self, k: int, tokenizer: Any = None) -> bool:
+        """Whether the uncut component k, its tokenizer and the hybrid's (unless `tokenizer`) are given or recorded."""
+        recorded = [getattr(component, "source", None) is not None for component in self.config.components]
+        spoken = [recorded[j] or bool(self.tokenizers and self.tokenizers[j]) for j in range(len(recorded))]
+        there = k in self._own or (self.uncut is None and recorded[k])
+        return there and spoken[k] and (tokenizer is not None or spoken[self.config.tokenizer_from])
 
     @torch.no_grad()
     def run(
