@@ -71,7 +71,8 @@ class ComponentStates:
     def can_read_own(self, k: int, tokenizer: Any = None) -> bool:
         """Whether the uncut component k, its tokenizer and the hybrid's (unless `tokenizer`) are given or recorded."""
         recorded = [getattr(component, "source", None) is not None for component in self.config.components]
-        spoken = [recorded[j] or bool(self.tokenizers and self.tokenizers[j]) for j in range(len(recorded))]
+        given = [None] * len(recorded) if self.tokenizers is None else self.tokenizers
+        spoken = [source or own is not None for source, own in zip(recorded, given)]
         there = k in self._own or (self.uncut is None and recorded[k])
         return there and spoken[k] and (tokenizer is not None or spoken[self.config.tokenizer_from])
 
