@@ -29,6 +29,7 @@ from modeling_manticore.tasks.text import cache_folder, corpus, pack, split, tra
 
 DOMAINS = ("bible", "python")
 TARGETS = ("own", "transplanted")
+PARTS = ("hybrids", "trunk", "whole")
 
 
 def configuration(domain: str, options: argparse.Namespace):
@@ -153,21 +154,24 @@ class Bench:
         result["rows"] = model.transplant_report.components[o].counts
         return result
 
-    def fresh(self, seed: int, speaker: str, work: Path) -> dict:
+    def fresh(self, seed: int, speaker: str, work: Path, whole: bool) -> dict:
         """Bits per byte of the other component with an untrained vocabulary, trained alone on 10 C tokens."""
         options, other = self.options, DOMAINS[1 - DOMAINS.index(speaker)]
-        result = {}
-        for kind in ("frozen trunk", "whole"):
-            model = with_fresh_vocabulary(self.component(other, seed, work), seed)
-            matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-            for p in model.parameters():
-                p.requires_grad_(kind == "whole" or any(p is matrix for matrix in matrices))
-            budget = 10 * options.calibration_tokens
-            rows = self.rows["python", speaker][: budget // options.length]
-            train(model, rows, budget, options, f"{other} with fresh vocabulary, {kind}, {seed}", seed)
-            held_out = self.held_out[speaker], self.lengths[speaker]
-            result[f"{other}, fresh vocabulary, {kind}"] = bits_per_byte(model, *held_out)
-        return result
+        name = f"{other}, fresh vocabulary, {'whole' if whole else 'frozen trunk'}"
+        model = with_fresh_vocabulary(self.component(other, seed, work), seed)
+        matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        for p in model.parameters():
+            p.requires_grad_(whole or any(p is matrix for matrix in matrices))
+        budget = 10 * options.calibration_tokens
+        rows = self.rows["python", speaker][: budget // options.length]
+        train(model, rows, budget, options, f"{name}, seed {seed}", seed)
+        return {name: bits_per_byte(model, self.held_out[speaker], self.lengths[speaker])}
+
+    def part(self, name: str, seed: int, speaker: str, work: Path) -> dict:
+        """One of `PARTS`."""
+        if name == "hybrids":
+            return self.hybrids(seed, speaker, work)
+        return self.fresh(seed, speaker, work, whole=name == "whole")
 
 
 def kept(file: Path, make: Callable[[], dict]) -> dict:
@@ -223,14 +227,14 @@ def main() -> None:
     def measure(part: str, seed: int, speaker: str) -> dict:
         if not bench:
             bench.append(Bench(options))
-        return getattr(bench[0], part)(seed, speaker, work)
+        return bench[0].part(part, seed, speaker, work)
 
     results = {}
     for speaker in options.tokenizers:
         runs = []
         for seed in options.seeds:
             run = {}
-            for part in ("hybrids", "fresh"):
+            for part in PARTS:
                 file = work / f"{part}-{speaker}-{seed}.json"
                 run |= kept(file, partial(measure, part, seed, speaker))
             runs.append(run)
