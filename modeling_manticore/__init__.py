@@ -14,6 +14,7 @@ from .building.calibrate import CalibrationReport, calibrate
 from .building.compose import from_components
 from .building.costs import Budget, cost_table, expected_cost
 from .building.discretize import discretize
+from .building.transplant import TransplantReport
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
 from .modeling_manticore import (
@@ -78,6 +79,7 @@ __all__ = [
     "ManticoreTrainingArguments",
     "cache_teacher",
     "ProgrammingReport",
+    "TransplantReport",
     "calibrate",
     "cost_table",
     "discretize",

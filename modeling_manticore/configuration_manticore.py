@@ -48,7 +48,8 @@ class ManticoreConfig(PreTrainedConfig):
         components (`list[PreTrainedConfig | dict]`): one configuration per component, in order. Besides the family's
             own fields an entry carries `source` and `revision` (where its weights came from) and `layer_arity` (what
             its layers return: 0 for a tensor, n for an n-tuple) and `projects_out` (whether its final norm is followed
-            by a projection), both found out at construction when absent.
+            by a projection), both found out at construction when absent; where its vocabulary was changed,
+            `own_vocab_size` (what it was before its rows were transplanted) and `padded_from` (first padded id).
         blocks (`list[list[dict]]`): the architecture. Each block is a list of paths
             `{"component": k, "start": i, "stop": j}`: layers [i, j) of component k. Several paths run side by side and
             are mixed; a block of one path is plain. `{"component": None}` is a skip path, at most one a block: what
@@ -107,11 +108,12 @@ class ManticoreConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """A new vocabulary size is that of every component, once the layout is known."""
+        """A new vocabulary size is that of every component, once the layout is known; it has no padding."""
         super().__setattr__(key, value)
         if key == "vocab_size" and self.__dict__.get("num_hidden_layers"):
             for component in self.components:
-                component.vocab_size = value
+                if component.vocab_size != value:
+                    component.vocab_size, component.padded_from = value, None
 
     @property
     def _attn_implementation(self) -> str | None:

@@ -283,9 +283,12 @@ def run_view(
 
 
 def run_head(head: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits (batch, tokens, vocabulary) of last hidden states (batch, tokens, d_k)."""
+    """Logits (batch, tokens, vocabulary) of last hidden states (batch, tokens, d_k); the lowest for padded ids."""
     options = {"output_router_logits": False} if "output_router_logits" in _parameters(type(head)) else {}
-    return head(inputs_embeds=hidden_states, use_cache=False, **options).logits
+    logits, size = head(inputs_embeds=hidden_states, use_cache=False, **options).logits, head.config.vocab_size
+    known = getattr(head.config, "padded_from", None) or size
+    lowest = torch.finfo(logits.dtype).min  # with -inf the gradient of mixture weights would be NaN
+    return logits if known == size else nn.functional.pad(logits[..., :known], (0, size - known), value=lowest)
 
 
 def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache, router_logits):

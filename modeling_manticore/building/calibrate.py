@@ -1,7 +1,7 @@
 """Projectors in closed form: ridge regressions between hidden states, with no gradient step (design, section 4)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..mixing_manticore import Junction, Projector, junctions, pad
+from .alignment import align_batches
 from .ridge import Regression
 from .states import Batch, ComponentStates, block_and_head_gates, boundaries, stem_and_block_gates
 from .texts import batches_of
@@ -19,6 +20,7 @@ from .texts import batches_of
 logger = logging.get_logger(__name__)
 
 ORDERS = ("sequential", "parallel")
+TARGETS = ("own", "transplanted")
 HELD_OUT_EVERY = 8
 TOKENS_PER_WIDTH = 20
 SMALLEST_SHARE = 1e-3  # a projector whose gate leaves it less than this says nothing and is left alone
@@ -36,26 +38,35 @@ class ProjectorFit:
 
 @dataclass
 class CalibrationReport:
-    """What `calibrate` did: one `ProjectorFit` per fitted projector, and the tokens read."""
+    """
+    What `calibrate` did: one `ProjectorFit` per fitted projector, the tokens read, and the share of them at which a
+    component with another tokenizer has a token that ends there too, where its own tokens gave the targets.
+    """
 
     order: str
     tokens: int = 0
     fits: list[ProjectorFit] = field(default_factory=list)
+    matched: dict[int, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max([len(fit.projector) for fit in self.fits] + [len("projector")])
         lines = [f"{'projector':<{width}}  held-out fit  strength  tokens"]
         lines += [f"{f.projector:<{width}}  {f.fit:12.4f}  {f.strength:8.0e}  {f.tokens:6d}" for f in self.fits]
+        lines += [f"component {k}: {share:.1%} of the tokens matched" for k, share in self.matched.items()]
         return "\n".join(lines)
 
 
 @dataclass
 class Problem:
-    """One projector to fit: `pair` gives its input and target states of a batch, (batch, tokens, width) each."""
+    """
+    One projector to fit: `pair` gives its input and target states of a batch, (batch, tokens, width) each. Only the
+    tokens count that component `aligned_with` has matched, if one is named.
+    """
 
     name: str
     projector: Projector
     pair: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
+    aligned_with: int | None = None
 
 
 def calibrate(
@@ -67,6 +78,8 @@ def calibrate(
     batch_size: int = 8,
     progress: bool = True,
     components: PreTrainedModel | list[PreTrainedModel] | None = None,
+    tokenizers: list | None = None,
+    targets: str | None = None,
 ) -> CalibrationReport:
     """
     Fit all projectors of a hybrid by ridge regression on ordinary text, in place.
@@ -82,6 +95,12 @@ def calibrate(
         tokenizer: for strings; by default that of the hybrid's tokenizer component.
         components: the uncut components (a list of models, or a supernet of them), for a hybrid that holds them in
             part only; by default those are loaded from their recorded sources.
+        tokenizers: of the components, for those whose vocabulary was transplanted: a list with a tokenizer, name,
+            folder or None each; by default those of their recorded sources.
+        targets: what a component whose vocabulary was transplanted says the target is: "own", its states when it reads
+            the text in its own tokenization (strings only), at the positions where tokens of both end at one byte; or
+            "transplanted", its states on the hybrid's tokens. By default "own" where the texts are strings and the
+            uncut component and its tokenizer are given or recorded.
 
     Returns:
         The held-out fit and chosen strength of every projector. Memory holds the activations of one batch only.
@@ -91,20 +110,38 @@ def calibrate(
     """
     if order not in ORDERS:
         raise ValueError(f"order: got {order!r}, allowed are {', '.join(map(repr, ORDERS))}.")
+    if targets is not None and targets not in TARGETS:
+        raise ValueError(f"targets: got {targets!r}, allowed are {', '.join(map(repr, TARGETS))} and None.")
+    count = len(model.config.components)
+    if tokenizers is not None and (not isinstance(tokenizers, (list, tuple)) or len(tokenizers) != count):
+        given = len(tokenizers) if isinstance(tokenizers, (list, tuple)) else type(tokenizers).__name__
+        raise ValueError(f"tokenizers: got {given}, allowed is a list of {count}, one per component.")
     batches = batches_of(texts, model, tokenizer, batch_size)
     uncut = list(components) if isinstance(components, (list, tuple)) else None
     supernet = components if uncut is None else None
-    states = ComponentStates(model.config, [model] if supernet is None else [supernet, model], uncut)
+    states = ComponentStates(model.config, [model] if supernet is None else [supernet, model], uncut, tokenizers)
     plan = junctions(model.config)
     sequential = order == "sequential" and model.config.is_discretized
     joined = [j for j in plan if any(j.has_in) or j.has_out]
-    states.check({end.component for j in joined for end in (*([] if sequential else j.sources), *j.targets)})
+    wanted = {end.component for j in joined for end in j.targets}
+    inputs = set() if sequential else {end.component for j in joined for end in j.sources}
+    if not sequential and any(not j.single for j in joined):
+        wanted.add(_reference(model.config))
+        inputs.add(_reference(model.config))
     report = CalibrationReport("sequential" if sequential else "parallel")
+    reads_own = {k for k in wanted if states.is_transplanted(k)} if targets != "transplanted" else set()
+    if targets is None:
+        reads_own = {k for k in reads_own if batches[0].texts is not None and states.can_read_own(k, tokenizer)}
+    report.matched = align_batches(batches, states, reads_own, tokenizer)
+    states.check(inputs | {k for k in wanted if k not in report.matched})
     report.tokens = sum(batch.tokens(batch.input_ids[..., None]).shape[0] for batch in batches)
     was_training = model.training
     model.eval()
     try:
-        steps = _bridge_steps(model, plan, states) if sequential else [_parallel_problems(model, plan, states)]
+        if sequential:
+            steps = _bridge_steps(model, plan, states, report.matched)
+        else:
+            steps = [_parallel_problems(model, plan, states, report.matched)]
         for problems in steps:
             if problems:
                 report.fits += _fit(problems, batches, report.tokens, progress)
@@ -129,8 +166,8 @@ def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: b
     for i, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
         memory: dict = {}
         for problem, regression in zip(problems, regressions):
-            x, y = problem.pair((batch, memory))
-            regression.add(batch.tokens(x), batch.tokens(y), held_out=i % every == every - 1)
+            x, y = (batch.tokens(side, problem.aligned_with) for side in problem.pair((batch, memory)))
+            regression.add(x, y, held_out=i % every == every - 1)
     fits = []
     for problem, regression in zip(problems, regressions):
         solution = regression.solve()
@@ -140,7 +177,9 @@ def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: b
     return fits
 
 
-def _bridge_steps(model: PreTrainedModel, plan: list[Junction], states: ComponentStates) -> Iterator[list[Problem]]:
+def _bridge_steps(
+    model: PreTrainedModel, plan: list[Junction], states: ComponentStates, aligned: Collection[int]
+) -> Iterator[list[Problem]]:
     """Bridges in order of depth: from the hybrid's own state to the next component's own state."""
     for index, junction in enumerate(plan):
         if not any(junction.has_in):
@@ -149,31 +188,41 @@ def _bridge_steps(model: PreTrainedModel, plan: list[Junction], states: Componen
 
         def pair(given, index=index, target=target):
             batch, _ = given
+            run = states.run_own if target.component in batch.own else states.run
             for i, boundary in enumerate(boundaries(model, batch)):
                 if i == index:
                     position = target.position
-                    return boundary.states[0], states.run(target.component, batch, [position])[position]
+                    return boundary.states[0], run(target.component, batch, [position])[position]
 
         name, projector = in_projectors_of(model, index)[0]
-        yield [Problem(name, projector, pair)]
+        yield [Problem(name, projector, pair, target.component if target.component in aligned else None)]
 
 
-def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: ComponentStates) -> list[Problem]:
-    """Every projector from the components' own states, all in one pass; identity where nothing has to be mapped."""
+def _parallel_problems(
+    model: PreTrainedModel, plan: list[Junction], states: ComponentStates, aligned: Collection[int]
+) -> list[Problem]:
+    """
+    Every projector from the components' own states, all in one pass; identity where nothing has to be mapped. Inputs
+    are states on the hybrid's tokens; so are targets, but for components in `aligned`.
+    """
     config = model.config
     reference = _reference(config)
-    wanted: dict[int, set] = {}
+    wanted: dict[tuple[int, bool], set] = {}
 
-    def own(end_component: int, position: tuple):
-        wanted.setdefault(end_component, set()).add(position)
+    def own(component: int, position: tuple, target: bool = False):
+        key = component, target and component in aligned
+        wanted.setdefault(key, set()).add(position)
 
         def read(given):
             batch, memory = given
-            if end_component not in memory:
-                memory[end_component] = states.run(end_component, batch, wanted[end_component])
-            return memory[end_component][position]
+            if key not in memory:
+                memory[key] = (states.run_own if key[1] else states.run)(component, batch, wanted[key])
+            return memory[key][position]
 
         return read
+
+    def fit_to(component: int) -> int | None:
+        return component if component in aligned else None
 
     problems = []
     source_gates, target_gates = stem_and_block_gates(model), block_and_head_gates(model)
@@ -188,8 +237,9 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
                 continue
             gate = _gate(junction, outs[j][1], source_gates[index][j], gated=junction.gated[0])
             if 1 - gate >= SMALLEST_SHARE:
-                read, target = own(source.component, source.position), own(reference, position)
-                problems.append(Problem(*outs[j], _ungated(read, target, gate, junction.width)))
+                read, target = own(source.component, source.position), own(reference, position, target=True)
+                pair = _ungated(read, target, gate, junction.width)
+                problems.append(Problem(*outs[j], pair, fit_to(reference)))
         stream = (
             own(reference, position)
             if junction.has_out and not junction.single
@@ -205,10 +255,9 @@ def _parallel_problems(model: PreTrainedModel, plan: list[Junction], states: Com
             gate = _gate(junction, ins[t][1], target_gates[index][t], gated=junction.gated[1] and not junction.single)
             if 1 - gate >= SMALLEST_SHARE:
                 width = ins[t][1].in_features
-                read = _padded(stream, width)
-                problems.append(
-                    Problem(*ins[t], _ungated(read, own(target.component, target.position), gate, target.width))
-                )
+                wished = own(target.component, target.position, target=True)
+                pair = _ungated(_padded(stream, width), wished, gate, target.width)
+                problems.append(Problem(*ins[t], pair, fit_to(target.component)))
     return problems
 
 

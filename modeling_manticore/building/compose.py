@@ -13,7 +13,9 @@ from transformers.utils import logging
 from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Mixture, Projector
 from .partial import ComponentPart
-from .sources import LOADING_OPTIONS, ComponentSource, check_tokenizers, component_sources
+from .sources import LOADING_OPTIONS, ComponentSource, component_sources
+from .transplant import VocabularyPlan, plan_vocabulary, vocabulary_tensors
+from .vocabulary import Transplant
 
 
 logger = logging.get_logger(__name__)
@@ -27,6 +29,8 @@ def from_components(
     *,
     dtype: str | torch.dtype = "auto",
     tokenizer_from: int = 0,
+    tokenizers: list | None = None,
+    pad_to_multiple_of: int | None = None,
     attn_implementation: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -40,7 +44,12 @@ def from_components(
             every block but the first and the last has a skip path too.
         blocks: or the explicit architecture, as in `ManticoreConfig`.
         dtype: of the hybrid; "auto" is the widest among the components.
-        tokenizer_from: the component whose tokenizer, special tokens and generation settings the hybrid has.
+        tokenizer_from: the component whose tokenizer, special tokens and generation settings the hybrid has. The
+            embedding and head rows of components with another vocabulary are transplanted; `transplant_report` of the
+            hybrid says how many were copied or averaged.
+        tokenizers: for components without one (models in memory): a list with a tokenizer, name, folder or None each.
+        pad_to_multiple_of: pad the vocabulary to a multiple of this; padding has the lowest logits there are, so that
+            its probability is 0.
         attn_implementation: as in transformers, for the components that have attention.
         **options: `revision`, `subfolder`, `variant`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`
             (one value, or a list with one per component); anything else goes to `ManticoreConfig`.
@@ -61,15 +70,17 @@ def from_components(
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]}: unknown option of from_components.")
     sources = component_sources(components, loading)
-    config = _configuration(sources, num_blocks, blocks, tokenizer_from, options)
+    plan = plan_vocabulary(sources, tokenizer_from, tokenizers, pad_to_multiple_of)
+    config = _configuration(sources, plan, num_blocks, blocks, tokenizer_from, options)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     dtype = _common_dtype(sources) if dtype == "auto" else _dtype(dtype)
-    if len(sources) > 1:
-        check_tokenizers(sources, tokenizer_from)
-    return assemble(
-        cls, config, dtype, lambda k, part: sources[k].load(dtype, part), [s.model is None for s in sources]
-    )
+    owned = [source.model is None for source in sources]
+    model = assemble(cls, config, dtype, lambda k, part: sources[k].load(dtype, part), owned, plan.transplants)
+    if model.can_generate():
+        model.generation_config = plan.generation_config(sources[tokenizer_from].generation_config())
+    model.transplant_report = plan.report
+    return model
 
 
 def assemble(
@@ -78,6 +89,7 @@ def assemble(
     dtype: torch.dtype,
     load: Callable[[int, ComponentPart], PreTrainedModel],
     owned: list[bool],
+    transplants: dict[int, Transplant],
 ) -> PreTrainedModel:
     """
     Build the hybrid on meta and fill it with one component after the other. From disk only what the hybrid uses is
@@ -96,9 +108,7 @@ def assemble(
         torch.set_default_dtype(default)
     for k in config.used_components:
         component = load(k, ComponentPart.of(config, k, heads=hasattr(model, "heads")))
-        fill_from_component(model, k, component, move=owned[k])
-        if k == config.tokenizer_from and model.can_generate():
-            model.generation_config = copy.deepcopy(component.generation_config)
+        fill_from_component(model, k, component, owned[k], transplants.get(k))
         del component
     initialise_joints(model)
     model.tie_weights()
@@ -109,8 +119,13 @@ def assemble(
 
 
 @torch.no_grad()
-def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedModel, move: bool) -> None:
-    """Give the views of component k their tensors: moved at the first use if `move`, copied else."""
+def fill_from_component(
+    model: PreTrainedModel, k: int, component: PreTrainedModel, move: bool, transplant: Transplant | None = None
+) -> None:
+    """
+    Give the views of component k their tensors: moved at the first use if `move`, copied else; those with one row per
+    token through `transplant`.
+    """
     base = getattr(component, component.base_model_prefix)
     taken = set()
     kept_dtypes = model._get_dtype_plan(model.dtype)  # what the families keep in float32, as when loading
@@ -124,9 +139,18 @@ def fill_from_component(model: PreTrainedModel, k: int, component: PreTrainedMod
         tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(
             source.named_buffers(remove_duplicate=False)
         )
+        by_token = vocabulary_tensors(view) if transplant is not None else ()
         for name, old in [*view.named_parameters(), *view.named_buffers()]:
             kept = [dtype for rule, dtype in kept_dtypes.items() if re.search(rf"(^|\.){rule}(\.|$)", name)]
-            value = tensors[name].detach().to(kept[0] if kept else old.dtype)
+            value = tensors[name].detach()
+            if name in by_token:
+                value = transplant.rows(value, len(old))
+            if value.shape != old.shape:
+                raise ValueError(
+                    f"components[{k}]: its {name} has the shape {tuple(value.shape)}, allowed is {tuple(old.shape)}: "
+                    "it depends on the vocabulary in a way that cannot be transplanted."
+                )
+            value = value.to(kept[0] if kept else old.dtype)
             fresh = move and value.data_ptr() not in taken
             taken.add(value.data_ptr())
             set_tensor(view, name, value if fresh and value is not tensors[name] else value.clone(), old)
@@ -161,11 +185,14 @@ def _inside_component(model: PreTrainedModel, module: nn.Module) -> bool:
     )
 
 
-def _configuration(sources: list[ComponentSource], num_blocks, blocks, tokenizer_from, options) -> ManticoreConfig:
+def _configuration(
+    sources: list[ComponentSource], plan: VocabularyPlan, num_blocks, blocks, tokenizer_from, options
+) -> ManticoreConfig:
     configs = []
     for source in sources:
         config = copy.deepcopy(source.config)
         config.source, config.revision = source.name, source.revision
+        plan.apply(source.index, config)
         configs.append(config)
     options["tokenizer_from"] = tokenizer_from
     skip_paths = options.pop("skip_paths", False)

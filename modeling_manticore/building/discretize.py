@@ -197,6 +197,7 @@ def _select(
     hybrid.tie_weights()
     if model.can_generate():
         hybrid.generation_config = copy.deepcopy(model.generation_config)
+    hybrid.transplant_report = getattr(model, "transplant_report", None)
     return hybrid.to(model.device).eval()
 
 

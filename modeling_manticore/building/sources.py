@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,7 +25,15 @@ from .partial import ComponentPart, needed_shards, partial_class
 
 
 LOADING_OPTIONS = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "trust_remote_code")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass
@@ -62,6 +71,16 @@ class ComponentSource:
             if info[problem]:
                 raise ValueError(f"{where}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}.")
         return model.eval()
+
+    def generation_config(self) -> GenerationConfig:
+        """Its generation settings; those that follow from its configuration where it has none of its own."""
+        if self.model is not None:
+            return self.model.generation_config
+        reading = {k: v for k, v in self.options.items() if k not in ("variant", "trust_remote_code")}
+        try:
+            return GenerationConfig.from_pretrained(self.name, **reading)
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
 
 
 def component_sources(components: list, options: dict[str, Any]) -> list[ComponentSource]:
@@ -164,26 +183,6 @@ def _check_folder(where: str, folder: Path, variant: str | None) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{where}: {shard.name} is corrupt: {error}.") from error
-
-
-def check_tokenizers(sources: list[ComponentSource], tokenizer_from: int) -> None:
-    """
-    All components that come with a tokenizer must come with the same vocabulary.
-
-    Raises:
-        ValueError: names the two components and the first tokens in which they differ.
-    """
-    vocabularies = {s.index: tokens_of(s.name, s.options) for s in sources if s.name is not None}
-    reference = vocabularies.get(tokenizer_from)
-    if reference is None:
-        return
-    for k, vocabulary in vocabularies.items():
-        if vocabulary is not None and vocabulary != reference:
-            different = sorted(token for token, _ in vocabulary.items() ^ reference.items())
-            raise ValueError(
-                f"components[{k}]: its tokenizer differs from that of component {tokenizer_from} in "
-                f"{len(set(different))} tokens, among them {sorted(set(different))[:3]}; all must share one."
-            )
 
 
 def tokens_of(name: str, options: dict[str, Any]) -> dict[str, int] | None:

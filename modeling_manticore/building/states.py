@@ -1,16 +1,22 @@
 """The uncut components inside a hybrid, and their hidden states at chosen depths."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..cache_manticore import derive_positions
-from ..configuration_manticore import component_weights
+from ..configuration_manticore import ManticoreConfig, component_weights
 from ..mixing_manticore import Boundary
+from ..modeling_manticore import ManticoreForCausalLM
 from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, find_layers, owner_of, run_view
+
+
+if TYPE_CHECKING:
+    from .alignment import OwnTokens
 
 
 class ComponentStates:
@@ -22,15 +28,23 @@ class ComponentStates:
         config: the hybrid's configuration.
         providers: hybrids to borrow modules from, tried in order.
         uncut: the components themselves, one for each of the hybrid's, instead.
+        tokenizers: where vocabularies were transplanted: the components' own, if those are not recorded.
 
     Raises:
         ValueError: `uncut` are other models than the configuration says.
     """
 
-    def __init__(self, config, providers: list[PreTrainedModel], uncut: list[PreTrainedModel] | None = None):
-        self.config, self.providers = config, providers
-        self._bases: dict[tuple[int, int], PreTrainedModel] = {}
+    def __init__(
+        self,
+        config: ManticoreConfig,
+        providers: list[PreTrainedModel],
+        uncut: list[PreTrainedModel] | None = None,
+        tokenizers: list | None = None,
+    ):
+        self.config, self.providers, self.uncut, self.tokenizers = config, providers, uncut, tokenizers
+        self._bases: dict[tuple[int, int, bool], PreTrainedModel] = {}
         self._loaded: dict[int, PreTrainedModel] = {}
+        self._own: dict[int, PreTrainedModel] = {}
         if uncut is not None:
             shapes = [
                 [(c.model_type, c.hidden_size, c.num_hidden_layers) for c in side]
@@ -38,7 +52,13 @@ class ComponentStates:
             ]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"components: got {shapes[0]} (family, width, depth), allowed is {shapes[1]}.")
-            self._loaded = {k: getattr(model, model.base_model_prefix) for k, model in enumerate(uncut)}
+            for k, model in enumerate(uncut):
+                own = self.is_transplanted(k) and getattr(model.config, "own_vocab_size", None) is None
+                (self._own if own else self._loaded)[k] = getattr(model, model.base_model_prefix)
+
+    def is_transplanted(self, k: int) -> bool:
+        """Whether component k came with another vocabulary than the hybrid's."""
+        return getattr(self.config.components[k], "own_vocab_size", None) is not None
 
     def check(self, wanted: Iterable[int]) -> None:
         """
@@ -48,6 +68,14 @@ class ComponentStates:
         for k in wanted:
             self._complete(k)
 
+    def can_read_own(self, k: int, tokenizer: Any = None) -> bool:
+        """Whether the uncut component k, its tokenizer and the hybrid's (unless `tokenizer`) are given or recorded."""
+        recorded = [getattr(component, "source", None) is not None for component in self.config.components]
+        given = [None] * len(recorded) if self.tokenizers is None else self.tokenizers
+        spoken = [source or own is not None for source, own in zip(recorded, given)]
+        there = k in self._own or (self.uncut is None and recorded[k])
+        return there and spoken[k] and (tokenizer is not None or spoken[self.config.tokenizer_from])
+
     @torch.no_grad()
     def run(
         self, k: int, batch: "Batch", positions: Iterable[tuple[int, bool]]
@@ -56,9 +84,26 @@ class ComponentStates:
         States of component k, (batch, tokens, d_k), at positions (i, False): before layer i (i = depth: after the last
         layer, before the final norm), and (depth, True): after the final norm.
         """
-        positions = set(positions)
+        return self._run(k, batch, set(positions), own=False)
+
+    @torch.no_grad()
+    def run_own(
+        self, k: int, batch: "Batch", positions: Iterable[tuple[int, bool]]
+    ) -> dict[tuple[int, bool], torch.Tensor]:
+        """
+        As `run`, but component k reads the texts in its own tokenization. The states stand at the hybrid's positions,
+        (batch, tokens, d_k); where none is matched (`batch.own[k].matched`) they mean nothing.
+        """
+        own = batch.own[k]
+        index = own.positions[..., None]
+        found = self._run(k, own.batch, set(positions), own=True)
+        return {place: states.gather(1, index.expand(-1, -1, states.shape[-1])) for place, states in found.items()}
+
+    def _run(
+        self, k: int, batch: "Batch", positions: set[tuple[int, bool]], own: bool
+    ) -> dict[tuple[int, bool], torch.Tensor]:
         depth = self.config.depth(k)
-        base = self._base(k, max(layer for layer, _ in positions))
+        base = self._base(k, max(layer for layer, _ in positions), own)
         layers = base.get_submodule(find_layers(base, self.config.components[k]))
         found: dict[tuple[int, bool], torch.Tensor] = {}
         handles = []
@@ -80,10 +125,10 @@ class ComponentStates:
             found[depth, True] = output
         return found
 
-    def _base(self, k: int, deepest: int) -> PreTrainedModel:
+    def _base(self, k: int, deepest: int, own: bool) -> PreTrainedModel:
         """The base model whose layers from `deepest` on are stubs, unless it runs to its end."""
-        if (k, deepest) not in self._bases:
-            complete, depth = self._complete(k), self.config.depth(k)
+        if (k, deepest, own) not in self._bases:
+            complete, depth = self.own_base(k) if own else self._complete(k), self.config.depth(k)
             name = find_layers(complete, self.config.components[k])
             base = _shallow(complete, name)
             if deepest < depth:
@@ -92,8 +137,19 @@ class ComponentStates:
                 owner._modules[leaf] = nn.ModuleList(
                     layer if i < deepest else PassThrough(layer, arity) for i, layer in enumerate(owner._modules[leaf])
                 )
-            self._bases[k, deepest] = base.eval()
-        return self._bases[k, deepest]
+            self._bases[k, deepest, own] = base.eval()
+        return self._bases[k, deepest, own]
+
+    def own_base(self, k: int) -> PreTrainedModel:
+        """
+        The base model of component k with its own vocabulary.
+
+        Raises:
+            ValueError: it was not given, and no source is recorded.
+        """
+        if k not in self._own:
+            self._own[k] = self._from_source(k)
+        return self._own[k]
 
     def _complete(self, k: int) -> PreTrainedModel:
         if k in self._loaded:
@@ -103,32 +159,79 @@ class ComponentStates:
             if base is not None:
                 self._loaded[k] = base
                 return base
-        source = getattr(self.config.components[k], "source", None)
-        if source is None:
+        self._loaded[k] = self._transplanted(k) if self.is_transplanted(k) else self._from_source(k)
+        return self._loaded[k]
+
+    def _source(self, k: int) -> tuple[str, str | None]:
+        """Repository or folder of component k, and its revision."""
+        component = self.config.components[k]
+        if getattr(component, "source", None) is None:
             raise ValueError(
                 f"components[{k}]: its own hidden states are needed, but the hybrid holds only part of it and no "
                 "source to load it from. Pass `components`: the uncut models, or a supernet of them."
             )
+        return component.source, component.revision
+
+    def _from_source(self, k: int) -> PreTrainedModel:
+        source, revision = self._source(k)
         provider = self.providers[0]
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, revision=self.config.components[k].revision, dtype=provider.dtype, use_safetensors=True
+            source, revision=revision, dtype=provider.dtype, use_safetensors=True
         ).to(provider.device)
-        self._loaded[k] = getattr(loaded, loaded.base_model_prefix)
-        return self._loaded[k]
+        return getattr(loaded, loaded.base_model_prefix)
+
+    def _transplanted(self, k: int) -> PreTrainedModel:
+        """Component k with its own vocabulary, made to speak the hybrid's once more."""
+        from .compose import from_components
+
+        pair = [self.config.tokenizer_from, k]
+        if self.uncut is None:
+            given, revisions = zip(*(self._source(j) for j in pair))
+            options = {"revision": list(revisions)}
+        else:
+            given, options = [self.uncut[j] for j in pair], {}
+        recorded = [getattr(component, "tokenizer_source", None) for component in self.config.components]
+        tokenizers = recorded if self.tokenizers is None else self.tokenizers
+        whole = from_components(
+            ManticoreForCausalLM,
+            list(given),
+            blocks=[[{"component": 1, "start": 0, "stop": self.config.depth(k)}]],
+            dtype=self.providers[0].dtype,
+            tokenizers=[tokenizers[j] for j in pair],
+            **options,
+        )
+        return _assemble(whole.to(self.providers[0].device), 1)
 
 
 class Batch:
-    """Token ids (batch, tokens) with their mask and positions."""
+    """Token ids (batch, tokens) with their mask and positions; `texts` where the rows come from strings."""
 
     def __init__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None):
         self.input_ids, self.attention_mask = input_ids, attention_mask
         self.position_ids = derive_positions(input_ids, attention_mask, None, 0)
+        self.texts: list[str] | None = None
+        self.own: dict[int, OwnTokens] = {}  # by component: the same texts in its own tokenization
 
-    def tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """The states of unmasked tokens, (tokens, d)."""
-        return (
-            states.reshape(-1, states.shape[-1]) if self.attention_mask is None else states[self.attention_mask.bool()]
-        )
+    @classmethod
+    def of(cls, rows: Sequence, masks: Sequence, device: torch.device) -> "Batch":
+        """Rows of ids of any lengths, with their masks (None: all ones), padded on the right where they differ."""
+        longest = max(len(row) for row in rows)
+        if all(len(row) == longest for row in rows) and all(mask is None or bool(mask.all()) for mask in masks):
+            return cls(torch.stack(list(rows)).to(device), None)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, (row, own) in enumerate(zip(rows, masks)):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1 if own is None else own
+        return cls(ids.to(device), mask.to(device))
+
+    def tokens(self, states: torch.Tensor, aligned_with: int | None = None) -> torch.Tensor:
+        """The states of unmasked tokens, (tokens, d); of those that component `aligned_with` has matched only."""
+        kept = None if self.attention_mask is None else self.attention_mask.bool()
+        if aligned_with is not None:
+            matched = self.own[aligned_with].matched
+            kept = matched if kept is None else kept & matched
+        return states.reshape(-1, states.shape[-1]) if kept is None else states[kept]
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def run(arguments: list[str]) -> None:
             options.calibration_texts, tokenizer, options.row_length, options.calibration_rows, options.cache_folder
         )
         print(calibrate(model, rows, batch_size=options.batch_size, order=options.order))
+    if any(row.transplanted for row in model.transplant_report.components):
+        print(model.transplant_report)
     print(model.describe())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
