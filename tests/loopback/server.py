@@ -52,6 +52,12 @@ class LoopbackHub:
         self._server.server_close()
         self._thread.join()
 
+    def xet_place(self, name: str) -> Path:
+        """The folder with a repository's large files: one each, since the client locks it."""
+        place = self.xet_folder / name.replace("/", "--")
+        place.mkdir(exist_ok=True)
+        return place
+
     def environment(self, cache: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables for a client: address, an empty cache, the token, LFS or Xet."""
         variables = {"HF_ENDPOINT": self.address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
@@ -317,7 +323,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 raise HubError(412, message="A commit has happened since. Please refresh and try again.")
             files = dict(parent.files)
             for operation in operations:
-                self._apply(operation["key"], operation["value"], files)
+                self._apply(name, operation["key"], operation["value"], files)
             answer = {"success": True, "hookOutput": ""}
             if "create_pr" in self.query:
                 number = sum(ref.startswith("refs/pr/") for ref in repository.branches) + 1
@@ -326,12 +332,12 @@ class HubHandler(BaseHTTPRequestHandler):
             made = repository.commit(branch, files, header["summary"], parent.sha)
         self.answer(answer | {"commitOid": made.sha, "commitUrl": f"{self.base}/{name}/commit/{made.sha}"})
 
-    def _apply(self, key: str, value: dict, files: dict[str, Entry]) -> None:
+    def _apply(self, name: str, key: str, value: dict, files: dict[str, Entry]) -> None:
         """One line of a commit, on the tree `files`."""
         if key == "file":
             files[value["path"]] = self.hub.store.put(base64.b64decode(value["content"]))
         elif key == "lfsFile":
-            files[value["path"]] = self._large_file(value["oid"])
+            files[value["path"]] = self._large_file(name, value["oid"])
         elif key in ("deletedFile", "deletedFolder"):
             start = value["path"].rstrip("/") + "/" if key == "deletedFolder" else None
             gone = [p for p in files if p == value["path"] or (start and p.startswith(start))]
@@ -340,11 +346,11 @@ class HubHandler(BaseHTTPRequestHandler):
             for path in gone:
                 del files[path]
 
-    def _large_file(self, sha256: str) -> Entry:
+    def _large_file(self, name: str, sha256: str) -> Entry:
         path = self.hub.store.path(sha256)
         if path.exists():
             return Entry(_sha1(sha256), path.stat().st_size, sha256)
-        found = xet.contents(self.hub.xet_folder).get(sha256) if self.hub.xet_folder else None
+        found = xet.contents(self.hub.xet_place(name)).get(sha256) if self.hub.xet_folder else None
         if found is None:
             raise HubError(400, message=f"the object {sha256} was not uploaded")
         return Entry(_sha1(sha256), found[1], sha256, found[0])
@@ -369,7 +375,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.answer(b"", headers=headers | {"Content-Length": str(entry.size)}, kind=kind)
         if entry.xet and not self.hub.store.path(entry.sha256).exists():
             target = self.hub.store.path(entry.sha256)
-            xet.fetch(self.hub.xet_folder, entry.xet, entry.size, entry.sha256, target)
+            xet.fetch(self.hub.xet_place(name), entry.xet, entry.size, entry.sha256, target)
         content = self.hub.store.read(entry)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None:

@@ -2,8 +2,8 @@
 Xet with a folder as its storage: hf_xet accepts `local:///folder` where a storage server's address is expected.
 
 The client writes contents and an index (MDB shards) into the folder; the Hub reads the index to learn which contents
-are there, and hands the folder's address out with its tokens. The folder's database takes one process at a time, so
-contents are read in a process of their own, and only for clients that download without Xet.
+are there, and hands the folder's address out with its tokens. A folder's database takes one process at a time, so
+every repository has a folder and contents are read in a process of their own, and only for clients that download without Xet.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def token(handler, name: str, revision: str) -> None:
     handler.repository(name, write="xet-write-token" in handler.path)
     if handler.hub.xet_folder is None:
         raise HubError(404, message="Xet is not enabled")
-    address, expires = f"local://{handler.hub.xet_folder}", int(time.time()) + LIFETIME
+    address, expires = f"local://{handler.hub.xet_place(name)}", int(time.time()) + LIFETIME
     headers = {
         "X-Xet-Cas-Url": address,
         "X-Xet-Access-Token": "t",
