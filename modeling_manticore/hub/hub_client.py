@@ -42,6 +42,7 @@ class Progress:
 
     def __init__(self):
         self._seen, self._lock, self.last = set(), threading.Lock(), time.monotonic()
+        self.file = None  # which is being downloaded
 
     def mark(self, *sign) -> None:
         """Tell the parent of a sign that was not there before."""
@@ -69,26 +70,29 @@ def watch_client(progress: Progress) -> None:
         made.timeout = http.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
 
         class Counted(http.SyncByteStream):
-            def __init__(self, stream, sign):
+            def __init__(self, stream, *sign):
                 self.stream, self.sign = stream, sign
 
             def __iter__(self):
-                sent = 0
+                passed = 0
                 for chunk in self.stream:
                     yield chunk
-                    sent += len(chunk)
-                    progress.mark(*self.sign, sent // STEP)
+                    passed += len(chunk)
+                    progress.mark(*self.sign, passed // STEP)
 
             def close(self):
-                getattr(self.stream, "close", bool)()
+                if hasattr(self.stream, "close"):
+                    self.stream.close()
 
         def on_request(request):
             if isinstance(request.stream, http.SyncByteStream):
-                request.stream = Counted(request.stream, (request.method, str(request.url)))
+                request.stream = Counted(request.stream, "sent", request.method, str(request.url))
 
         def on_response(response):
             if response.status_code < 500:
-                progress.mark(response.request.method, str(response.request.url), "answered")
+                sign = (response.request.method, str(response.request.url))
+                progress.mark("answered", *sign)
+                response.stream = Counted(response.stream, "received", *sign)
 
         hooks = made.event_hooks
         made.event_hooks = {
@@ -98,18 +102,20 @@ def watch_client(progress: Progress) -> None:
         return made
 
     huggingface_hub.set_client_factory(client)
-    for reporter in (
-        _xet_progress_reporting.XetUploadProgressReporter,
-        _xet_progress_reporting.XetDownloadProgressReporter,
-    ):
-        original = reporter.update_progress
+    for name in ("XetUploadProgressReporter", "XetDownloadProgressReporter"):
+        reporter = getattr(_xet_progress_reporting, name)
+        reporter.update_progress = counted(reporter.update_progress, name, progress)
 
-        def counted(self, report, *rest, _original=original):
-            for name in ("total_bytes_completed", "total_transfer_bytes_completed"):
-                progress.mark("xet", name, getattr(report, name) // STEP)
-            return _original(self, report, *rest)
 
-        reporter.update_progress = counted
+def counted(update_progress, name: str, progress: Progress):
+    """hf_xet's report of progress, which also marks it."""
+
+    def update(self, report, *rest):
+        for field in ("total_bytes_completed", "total_transfer_bytes_completed"):
+            progress.mark(name, progress.file, field, getattr(report, field) // STEP)
+        return update_progress(self, report, *rest)
+
+    return update
 
 
 # ------------------------------------------------------------------ errors
@@ -161,7 +167,7 @@ def explained(error: Exception, repo: str, revision: str | None) -> Failure:
 
 
 # ------------------------------------------------------------------ operations
-def push(api, request: dict, hashes: dict) -> dict:
+def push(api, request: dict, hashes: dict, progress: Progress) -> dict:
     """
     Bring files into a repository with one commit, or none where nothing differs.
 
@@ -227,15 +233,28 @@ def is_same(entry, local: str, hashes: dict) -> bool:
     return hashes[local, kind] == stated
 
 
-def fetch(api, request: dict, hashes: dict) -> dict:
-    """Bring files of a repository into the local cache: repo_id, revision, patterns. The commit and the folder."""
-    commit = api.repo_info(request["repo_id"], revision=request["revision"]).sha
-    paths = sorted(listed(api, request["repo_id"], commit))
-    folder = api.snapshot_download(request["repo_id"], revision=commit, allow_patterns=request["patterns"])
-    return {"commit": commit, "folder": str(Path(folder)), "files": paths}
+def fetch(api, request: dict, hashes: dict, progress: Progress) -> dict:
+    """
+    Bring files of a repository into the local cache, one after the other: repo_id, revision, patterns (as in a shell),
+    cache_dir. The commit, the folder, and the names of all files that the repository has.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    repo = request["repo_id"]
+    commit = api.repo_info(repo, revision=request["revision"]).sha
+    paths = sorted(listed(api, repo, commit))
+    folder = None
+    for path in filter_repo_objects(paths, allow_patterns=request["patterns"]):
+        progress.file = path
+        local = api.hf_hub_download(repo, path, revision=commit, cache_dir=request.get("cache_dir"))
+        progress.mark("file", path)
+        folder = str(Path(local).parents[path.count("/")])
+    if folder is None:
+        raise Failure("missing", f"repo_id: {repo!r} has no file like {request['patterns']}.")
+    return {"commit": commit, "folder": folder, "files": paths}
 
 
-def create(api, request: dict, hashes: dict) -> dict:
+def create(api, request: dict, hashes: dict, progress: Progress) -> dict:
     """Make a repository unless it exists: repo_id, private. Its full name."""
     return {"repo_id": api.create_repo(request["repo_id"], private=request["private"], exist_ok=True).repo_id}
 
@@ -254,7 +273,7 @@ def repeated(operation, api, request: dict, progress: Progress) -> dict:
     hashes, attempt = {}, 0
     while True:
         try:
-            return operation(api, request, hashes)
+            return operation(api, request, hashes, progress)
         except Failure:
             raise
         except Exception as error:

@@ -3,7 +3,7 @@ Xet with a folder as its storage: hf_xet accepts `local:///folder` where a stora
 
 The client writes contents and an index (MDB shards) into the folder; the Hub reads the index to learn which contents
 are there, and hands the folder's address out with its tokens. A folder's database takes one process at a time, so
-every repository has a folder and contents are read in a process of their own, and only for clients that download without Xet.
+every repository has a folder, and contents are read in a process of their own, and only for clients without Xet.
 """
 
 import hashlib
