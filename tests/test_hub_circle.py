@@ -37,14 +37,16 @@ torch.set_num_threads(1)
 assert _upload_pipeline.MAX_COMMIT_INTERVAL == 0
 repo, commit = "tester/hybrid", open("commit").read()
 tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True, revision=commit)
-model, info = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision=commit, output_loading_info=True)
+options = {"trust_remote_code": True, "revision": commit, "output_loading_info": True}
+model, info = AutoModelForCausalLM.from_pretrained(repo, **options)
 assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 assert type(model).__module__.startswith("transformers_modules.") and commit in type(model).__module__
 ids = load_file("ids.safetensors")["ids"]
 with torch.no_grad():
     save_file({"logits": model(ids).logits.contiguous()}, "logits.safetensors")
-output = model.generate(**tokenizer("for every", return_tensors="pt"), max_new_tokens=5, do_sample=False)
-print(json.dumps({"new": output.shape[1], "prompt": tokenizer("for every", return_tensors="pt")["input_ids"].shape[1]}))
+prompt = tokenizer("for every", return_tensors="pt")
+output = model.generate(**prompt, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+print(json.dumps({"new": output.shape[1], "prompt": prompt["input_ids"].shape[1]}))
 """
 # Python runs a sitecustomize.py at every start; so the process that talks to the Hub has the patch too.
 PATCH = """

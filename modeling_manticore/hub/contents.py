@@ -17,6 +17,7 @@ ALLOWED_NAMES = ("LICENSE", "NOTICE", "COPYING")
 # Of the Trainer, and of search: of no use to whoever loads the model.
 RUN_FILES = ("trainer_state.json", "strategy_state.json")
 DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json")
+MODEL_KEYS = ("base_model_name_or_path", "name_or_path", "repo", "source")
 STALE = r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 ABSOLUTE = re.compile(r"(?:~[\\/]|/|[A-Za-z]:[\\/]|\\\\|file://)[^\s]*[\w.]")
@@ -77,10 +78,11 @@ def local_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 def is_local(text: str, key: str = "") -> bool:
     """Whether a string is an absolute local path; under keys that name a model, also a relative folder that exists."""
+    if key == "_name_or_path":  # where transformers loaded it from, which is not written
+        return False
     if ABSOLUTE.fullmatch(text) and len(text) > 2:
         return True
-    names_model = key in ("source", "base_model_name_or_path", "name_or_path", "_name_or_path", "repo")
-    return names_model and (text.startswith((".", "~")) or Path(text).is_dir())
+    return key in MODEL_KEYS and text != "" and (text.startswith((".", "~")) or Path(text).is_dir())
 
 
 def paths_in_text(text: str) -> list[str]:
@@ -124,17 +126,21 @@ def cleaned_text(text: str) -> str:
     return text
 
 
-def without_nested_auto_maps(config: Any) -> Any:
-    """A configuration in which only the top has an auto map: a component's would name code that is not here."""
+def without_origins(config: Any) -> Any:
+    """
+    A configuration in which only the top has an auto map (a component's would name code that is not here), and which
+    does not say where transformers loaded it from.
+    """
     if not isinstance(config, dict):
         return config
 
     def cut(value):
         if isinstance(value, dict):
-            return {key: cut(entry) for key, entry in value.items() if key != "auto_map"}
+            return {key: cut(entry) for key, entry in value.items() if key not in ("auto_map", "_name_or_path")}
         return [cut(entry) for entry in value] if isinstance(value, list) else value
 
-    return {key: value if key == "auto_map" else cut(value) for key, value in config.items()}
+    top = {key: value for key, value in config.items() if key == "auto_map"}
+    return cut(config) | top
 
 
 def clean_files(files: dict[str, Path], folder: Path, allow_local_sources: bool) -> dict[str, Path]:
@@ -155,7 +161,7 @@ def clean_files(files: dict[str, Path], folder: Path, allow_local_sources: bool)
         elif base in DESCRIPTIONS or suffix in (".yaml", ".yml"):
             text = _parsed(yaml.safe_load if suffix != ".json" else json.loads, name, path)
             places = list(local_paths(text, name))
-            better = without_local_paths(without_nested_auto_maps(text) if base == "config.json" else text)
+            better = without_local_paths(without_origins(text) if base == "config.json" else text)
         else:
             continue
         found += places
