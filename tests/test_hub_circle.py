@@ -85,6 +85,10 @@ def test_full_circle(mode, tmp_path, monkeypatch, capfd):
             call("push", {"repo_id": repo, "files": files} | settings)
 
         options = {"cache_dir": str(cache / "hub"), "num_blocks": 2}
+        with pytest.raises(
+            ValueError, match=r"components\[1\] \(tester/no\): repo_id: there is no repository 'tester/no'"
+        ):
+            ManticoreForCausalLM.from_components(["tester/attention", "tester/no"], **options)
         supernet = ManticoreForCausalLM.from_components(list(names.values()), **options)
         heads = [hub.store.repositories[repo].branches["main"] for repo in names.values()]
         assert [component.revision for component in supernet.config.components] == heads

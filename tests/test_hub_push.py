@@ -179,12 +179,22 @@ def test_the_trainer_pushes_models_and_nothing_of_the_run(online, tmp_path, stra
         assert online.store.read(files_of(online, repo)["README.md"]).decode().endswith("mine\n")
 
 
-def test_training_survives_a_push_that_does_not_get_through(online, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_manticore.hub.push.PATIENCE", 4.0)
+def test_training_survives_a_push_that_does_not_get_through(online, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr("modeling_manticore.search.publishing.logger.warning", warned.append)
     monkeypatch.setattr(push_folder, "__kwdefaults__", push_folder.__kwdefaults__ | {"patience": 4.0})
     online.faults.add("drop", "POST /api/models/tester/trained-every_save/commit/main")
     trainer, _ = trained(online, tmp_path / "again", "every_save", save_total_limit=1)
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == 2 and len(warned) == 2
+    assert "step 1 was not pushed, training goes on" in warned[0] and TOKEN not in "".join(warned)
+
+
+def test_saving_with_push_to_hub(online, tmp_path):
+    hybrid().save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="tester/saved", tags=["mine"])
+    files = files_of(online, "tester/saved")
+    assert files.keys() == {path.name for path in (tmp_path / "here").iterdir()} | {"README.md"}
+    assert "- mine" in online.store.read(files["README.md"]).decode()
+    assert len(online.store.repositories["tester/saved"].history()) == 2
 
 
 def test_adapters_name_the_repository_of_their_hybrid(online, tmp_path):

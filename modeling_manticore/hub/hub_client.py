@@ -11,6 +11,7 @@ A sign of progress is new when the same byte of the same request was not sent, o
 sends the same thing again and again gives none.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -167,7 +168,7 @@ def explained(error: Exception, repo: str, revision: str | None) -> Failure:
 
 
 # ------------------------------------------------------------------ operations
-def push(api, request: dict, hashes: dict, progress: Progress) -> dict:
+def push(api, request: dict, digest, progress: Progress) -> dict:
     """
     Bring files into a repository with one commit, or none where nothing differs.
 
@@ -186,13 +187,15 @@ def push(api, request: dict, hashes: dict, progress: Progress) -> dict:
     files = {
         path: local for path, local in request["files"].items() if path not in request["kept"] or path not in there
     }
-    different = [path for path, local in files.items() if not is_same(there.get(path), local, hashes)]
+    different = [path for path, local in files.items() if not is_same(there.get(path), local, digest)]
     stale = [path for path in there if path not in request["files"] and re.fullmatch(request["stale"], path)]
     result = {"repo_id": repo, "commit": head, "changed": different + stale, "pull_request": None}
     result |= {"endpoint": api.endpoint, "url": f"{api.endpoint}/{repo}/commit/{head}"}
     if not result["changed"]:
         return result
     operations = [CommitOperationAdd(path, files[path]) for path in different]
+    for operation, path in zip(operations, different):  # or the client would hash in silence before it sends
+        operation.upload_info.sha256 = bytes.fromhex(digest(files[path], "sha256"))
     operations += [CommitOperationDelete(path) for path in stale]
     made = api.create_commit(
         repo,
@@ -206,7 +209,7 @@ def push(api, request: dict, hashes: dict, progress: Progress) -> dict:
     result |= {"commit": made.oid, "pull_request": made.pr_url, "url": str(made.commit_url)}
     if request["verify"]:
         now = listed(api, repo, made.oid)
-        wrong = [path for path, local in files.items() if not is_same(now.get(path), local, hashes)]
+        wrong = [path for path, local in files.items() if not is_same(now.get(path), local, digest)]
         wrong += [path for path in stale if path in now]
         if wrong:
             raise Failure("unverified", f"repo_id: after the push {repo!r} differs from what was sent in {wrong[:5]}.")
@@ -219,21 +222,29 @@ def listed(api, repo: str, revision: str) -> dict:
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
-def is_same(entry, local: str, hashes: dict) -> bool:
+def is_same(entry, local: str, digest) -> bool:
     """Whether the Hub states the hash of the local file: SHA-256 of a large file, git's hash of a small one."""
     if entry is None or entry.size != os.path.getsize(local):
         return False
-    kind, stated = ("sha256", entry.lfs.sha256) if entry.lfs else ("sha1", entry.blob_id)
-    if (local, kind) not in hashes:
-        digest = hashlib.new(kind, b"" if entry.lfs else b"blob %d\0" % entry.size)
+    return digest(local, "sha256") == entry.lfs.sha256 if entry.lfs else digest(local, "sha1") == entry.blob_id
+
+
+def digests(progress: Progress):
+    """A function (file, "sha256" or git's "sha1") -> hexadecimal hash. It computes each once, with signs of life."""
+
+    @functools.cache
+    def digest(local: str, kind: str) -> str:
+        made = hashlib.new(kind, b"" if kind == "sha256" else b"blob %d\0" % os.path.getsize(local))
         with open(local, "rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        hashes[local, kind] = digest.hexdigest()
-    return hashes[local, kind] == stated
+            while chunk := file.read(2**24):
+                made.update(chunk)
+                progress.mark(kind, local, file.tell())
+        return made.hexdigest()
+
+    return digest
 
 
-def fetch(api, request: dict, hashes: dict, progress: Progress) -> dict:
+def fetch(api, request: dict, digest, progress: Progress) -> dict:
     """
     Bring files of a repository into the local cache, one after the other: repo_id, revision, patterns (as in a shell),
     cache_dir. The commit, the folder, and the names of all files that the repository has.
@@ -254,7 +265,7 @@ def fetch(api, request: dict, hashes: dict, progress: Progress) -> dict:
     return {"commit": commit, "folder": folder, "files": paths}
 
 
-def create(api, request: dict, hashes: dict, progress: Progress) -> dict:
+def create(api, request: dict, digest, progress: Progress) -> dict:
     """Make a repository unless it exists: repo_id, private. Its full name."""
     return {"repo_id": api.create_repo(request["repo_id"], private=request["private"], exist_ok=True).repo_id}
 
@@ -264,23 +275,23 @@ OPERATIONS = {"push": push, "fetch": fetch, "create": create}
 
 def repeated(operation, api, request: dict, progress: Progress) -> dict:
     """
-    Run an operation, again after connection trouble, while something new happened in the last half of the parent's
-    patience.
+    Run an operation, once more after connection trouble (a commit of which no answer came may have been made), and
+    then while something new happened in the last half of the parent's patience.
 
     Raises:
         Failure: with what the user is told.
     """
-    hashes, attempt = {}, 0
+    digest, attempt = digests(progress), 0
     while True:
         try:
-            return operation(api, request, hashes, progress)
+            return operation(api, request, digest, progress)
         except Failure:
             raise
         except Exception as error:
             wait = WAITS[min(attempt, len(WAITS) - 1)]
             idle = time.monotonic() + wait - progress.last
             twice = request.get("create_pr")  # a second attempt could open a second pull request
-            if not connection_trouble(error) or twice or idle > request["patience"] / 2:
+            if not connection_trouble(error) or twice or (attempt and idle > request["patience"] / 2):
                 raise explained(error, request["repo_id"], request.get("revision")) from error
             time.sleep(wait)
             attempt += 1

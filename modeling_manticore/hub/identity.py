@@ -17,6 +17,16 @@ from .staging import remove_stale
 from .transfer import call
 
 
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -36,16 +46,21 @@ def stamp(config: PreTrainedConfig) -> None:
 def stamped(save_pretrained):
     """
     `save_pretrained` of the models with the stamp, for use where this package is installed. What a killed run of ours
-    left beside the target goes first.
+    left beside the target goes first, and `push_to_hub=True` pushes as `model.push_to_hub` does.
     """
 
     @functools.wraps(save_pretrained)
     def save(self: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         stamp(self.config)
+        push = kwargs.pop("push_to_hub", False)
+        pushing = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push else {}
         if is_main_process:
             parent, name = os.path.split(os.path.abspath(os.fspath(save_directory)))
             remove_stale(Path(parent), f".{name}.")
-        return save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+        save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+        if push and is_main_process:
+            repo = pushing.pop("repo_id", None) or Path(os.path.abspath(os.fspath(save_directory))).name
+            self.push_to_hub(repo, **pushing, **kwargs)
 
     return save
 
