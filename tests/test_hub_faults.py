@@ -120,15 +120,14 @@ def test_one_fault_is_survived(hub, tmp_path):
 def test_a_fault_that_stays_ends_in_one_error_and_a_rerun_completes(hubs, tmp_path):
     labels = [(mode, step, kind) for mode in MODES for step in STEPS for kind in ("drop", "stall")]
     cases = {label: Case(hubs[label[0]], tmp_path, "always-" + "-".join(label)) for label in labels}
-    for (_, step, kind), case in cases.items():
-        case.hub.faults.add(kind, places(case.hub, case)[step])
+    faults = {label: case.hub.faults.add(label[2], places(case.hub, case)[label[1]]) for label, case in cases.items()}
     with ThreadPoolExecutor(len(cases)) as pool:
         results = list(pool.map(lambda case: outcome(case.push), cases.values()))
     for (label, case), (error, seconds) in zip(cases.items(), results):
         case.hub.faults.clear()
         assert isinstance(error, HubError) and error.kind in ("connection", "stalled"), (label, error)
         assert "\n" not in str(error) and TOKEN not in str(error) and seconds < LIMIT, (label, seconds)
-        assert case.there() == ({}, ["initial commit"]), label
+        assert faults[label].hits and case.there() == ({}, ["initial commit"]), label
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda case: outcome(case.push), cases.values()))
     assert all(isinstance(result, dict) for result, _ in results) and all(c.is_whole() for c in cases.values())

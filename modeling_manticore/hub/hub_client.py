@@ -312,6 +312,7 @@ def main() -> None:
     try:
         from huggingface_hub import HfApi
 
+        progress.mark("imported")
         watch_client(progress)
         answer = {"done": repeated(OPERATIONS[request["operation"]], HfApi(token=token or False), request, progress)}
     except Failure as failure:
