@@ -17,6 +17,8 @@ from .building.discretize import discretize
 from .building.transplant import TransplantReport
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
+from .hub.identity import stamped
+from .hub.push import push_to_hub
 from .modeling_manticore import (
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 
 # The workshop binds itself to the runtime class: a hybrid loaded from the Hub runs without it.
 ManticoreForCausalLM.from_components = classmethod(from_components)
+ManticorePreTrainedModel.save_pretrained = stamped(ManticorePreTrainedModel.save_pretrained)
+ManticorePreTrainedModel.push_to_hub = push_to_hub
 
 # Registered classes load without `trust_remote_code`; an auto class also takes its code along when saved.
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
@@ -52,8 +56,11 @@ _LAZY = {
     "ProgrammingReport": ".search.programming_report",
     "lora_config": ".search.adapters",
     "program": ".search.programming",
+    "push_folder": ".hub.push",
+    "push_hybrid": ".hub.push",
     "stitch": ".search.stitch",
     "sweep": ".search.sweep",
+    "verify": ".hub.identity",
 }
 
 
@@ -86,6 +93,9 @@ __all__ = [
     "expected_cost",
     "lora_config",
     "program",
+    "push_folder",
+    "push_hybrid",
     "stitch",
     "sweep",
+    "verify",
 ]

@@ -428,7 +428,9 @@ def move_into(staging: str, target: str) -> None:
         first = (".safetensors", ".index.json")
         return next((r for r, suffix in enumerate(first) if name.endswith(suffix)), 2 + (name == "config.json"))
 
-    os.makedirs(target, exist_ok=True)
+    if not os.path.isdir(target) or not os.listdir(target):
+        os.rename(staging, target)  # at once: a kill leaves the whole of it or nothing
+        return
     fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
     for name in fresh:
         os.replace(os.path.join(staging, name), os.path.join(target, name))

@@ -166,8 +166,8 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """
-        As in transformers, but never half-written: everything goes to a temporary sibling first and is then moved file
-        by file, weights before their index before the configuration. Foreign files stay, stale shards of ours go.
+        As in transformers, but never half-written: everything goes to a temporary sibling first, which then takes its
+        name; in a folder with files it is moved file by file, weights first. Foreign files stay, stale shards go.
         """
         target = os.path.abspath(os.fspath(save_directory))
         if os.path.isfile(target):
@@ -181,10 +181,10 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
             type(self).__module__, type(self).__name__ = __name__, type(self).__name__.removeprefix("FSDP")
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = dict(sorted((self.state_dict() if state is None else state).items()))
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.") as staging:
-            super().save_pretrained(staging, is_main_process=is_main_process, **kwargs)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.{os.getpid()}.") as staging:
+            super().save_pretrained(os.path.join(staging, name), is_main_process=is_main_process, **kwargs)
             if is_main_process:
-                move_into(staging, target)
+                move_into(os.path.join(staging, name), target)
 
 
 class ManticoreModel(ManticorePreTrainedModel):

@@ -24,10 +24,11 @@ else:
 """
 
 
-def run_without_package(code: str, folder: Path, timeout: int = 240) -> str:
-    """Standard output of `code`, run in `folder` with a fresh HF_HOME and no input."""
+def run_without_package(code: str, folder: Path, timeout: int = 240, variables: dict | None = None) -> str:
+    """Standard output of `code`, run in `folder` with a fresh HF_HOME, no input and further environment variables."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_HOME")}
     environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= variables or {}
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code],
         cwd=folder,

@@ -62,34 +62,49 @@ def partial_class(config: PreTrainedConfig, part: ComponentPart) -> type[PreTrai
     return type(family.__name__, (family,), members)
 
 
+def shards_with_unused_left_out(
+    name: str, config: PreTrainedConfig, part: ComponentPart, options: dict[str, Any]
+) -> list[str] | None:
+    """The shards of a repository that hold something used; None where there is one file, or all are needed."""
+    index = _index(name, options)
+    if index is None:
+        return None
+    needed = {shard for key, shard in index["weight_map"].items() if not _only_unused(key, config, part)}
+    return sorted(needed) if needed < set(index["weight_map"].values()) else None
+
+
 @contextmanager
 def needed_shards(name: str, config: PreTrainedConfig, part: ComponentPart, options: dict[str, Any]):
     """
-    A name to load from that has no shard of unused layers only: for a repository of several shards a temporary folder
-    with links to those that are needed, which are downloaded; else `name` itself, with the options to load it.
+    A name to load from that has no shard of unused layers only, and the options to load it: for a repository with such
+    shards a temporary folder with links to the others, else `name` itself.
     """
-    finding = {key: value for key, value in options.items() if key not in ("trust_remote_code", "variant")}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
-    index_file = None
-    if not Path(name).is_dir() and not options.get("variant") and not options.get("trust_remote_code"):
-        index_file = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **finding, **quiet)
-    if index_file is None:
+    shards = shards_with_unused_left_out(name, config, part, options)
+    if shards is None:
         yield name, options
         return
-    index = json.loads(Path(index_file).read_text())
-    weight_map = {key: shard for key, shard in index["weight_map"].items() if not _only_unused(key, config, part)}
-    shards = sorted(set(weight_map.values()))
-    if len(shards) == len(set(index["weight_map"].values())):
-        yield name, options
-        return
+    index = _index(name, options)
     kept = {key: shard for key, shard in index["weight_map"].items() if shard in shards}
     with TemporaryDirectory(prefix="manticore-shards-") as folder:
         for file in [CONFIG_NAME, GENERATION_CONFIG_NAME, *shards]:
-            found = cached_file(name, file, **finding, **(quiet if file == GENERATION_CONFIG_NAME else {}))
+            found = _cached(name, file, options)
             if found is not None:
                 os.symlink(os.path.realpath(found), Path(folder, file))
         Path(folder, SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index | {"weight_map": kept}))
         yield folder, {}
+
+
+def _index(name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The shard index of a repository in the cache; None for folders, variants and single files."""
+    if Path(name).is_dir() or options.get("variant") or options.get("trust_remote_code"):
+        return None
+    file = _cached(name, SAFE_WEIGHTS_INDEX_NAME, options)
+    return None if file is None else json.loads(Path(file).read_text())
+
+
+def _cached(name: str, file: str, options: dict[str, Any]) -> str | None:
+    finding = {key: value for key, value in options.items() if key not in ("trust_remote_code", "variant")}
+    return cached_file(name, file, **finding, _raise_exceptions_for_missing_entries=False)
 
 
 def _only_unused(key: str, config: PreTrainedConfig, part: ComponentPart) -> bool:

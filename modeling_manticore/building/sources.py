@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -17,14 +18,17 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
+from ..hub.transfer import HubError, call
 from ..slicing_manticore import find_layers
-from .partial import ComponentPart, needed_shards, partial_class
+from .partial import ComponentPart, needed_shards, partial_class, shards_with_unused_left_out
 
 
 LOADING_OPTIONS = ("revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "trust_remote_code")
+DESCRIPTION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+WEIGHT_FILES = ["model*.safetensors"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,6 +38,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -47,6 +53,7 @@ class ComponentSource:
     dtype: torch.dtype
     revision: str | None = None
     model: PreTrainedModel | None = None
+    on_hub: bool = False
 
     def load(self, dtype: torch.dtype, part: ComponentPart) -> PreTrainedModel:
         """
@@ -59,6 +66,9 @@ class ComponentSource:
         if self.model is not None:
             return self.model
         where = f"components[{self.index}] ({self.name})"
+        if self.on_hub:
+            shards = shards_with_unused_left_out(self.name, self.config, part, self.options)
+            fetch_component(where, self.name, self.options, shards or WEIGHT_FILES)
         try:
             options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
             with needed_shards(self.name, self.config, part, self.options) as (name, own):
@@ -125,6 +135,9 @@ def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
         _check_folder(where, folder, options.get("variant"))
     elif Path(name).is_absolute() or name.startswith("."):
         raise ValueError(f"{where}: there is no such folder.")
+    on_hub = not (Path(name).is_dir() or is_offline_mode() or options.get("local_files_only"))
+    if on_hub:
+        fetch_component(where, name, options, DESCRIPTION_FILES)
     reading = {key: value for key, value in options.items() if key != "variant"}
     try:
         config = AutoConfig.from_pretrained(name, **reading)
@@ -133,7 +146,36 @@ def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
         raise ValueError(f"{where}: its configuration cannot be read: {error}") from error
     revision = extract_commit_hash(found, None)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return ComponentSource(k, name, options, config, dtype, revision)
+    return ComponentSource(k, name, options, config, dtype, revision, on_hub=on_hub)
+
+
+def fetch_component(where: str, name: str, options: dict[str, Any], patterns: list[str]) -> None:
+    """
+    Bring the files of a Hub component that match the patterns into the local cache, all of one commit, by calls that
+    end even where transformers' would wait for ever. `options` then name that commit, and are for the cache only.
+
+    Raises:
+        ValueError: they cannot be had, and the cache has none either.
+    """
+    folder = options.get("subfolder", "").strip("/")
+    request = {
+        "repo_id": name,
+        "revision": options.get("revision"),
+        "patterns": [f"{folder}/{pattern}" if folder else pattern for pattern in patterns],
+        "cache_dir": None if options.get("cache_dir") is None else str(options["cache_dir"]),
+    }
+    try:
+        options["revision"] = call("fetch", request, token=options.get("token"))["commit"]
+    except HubError as error:
+        config = f"{folder}/config.json" if folder else "config.json"
+        place = {"cache_dir": options.get("cache_dir"), "revision": options.get("revision")}
+        if error.kind not in ("connection", "stalled") or not isinstance(
+            try_to_load_from_cache(name, config, **place), str
+        ):
+            raise ValueError(f"{where}: {error}") from error
+        logger.warning(f"{where}: {error} What the cache has is used.")
+    if not options["trust_remote_code"]:  # whose code may be in another repository
+        options["local_files_only"] = True
 
 
 def _check_model(where: str, model: PreTrainedModel) -> None:

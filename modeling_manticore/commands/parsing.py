@@ -28,6 +28,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+SETTINGS = (".yaml", ".yml", ".json")
+
+
 class OptionParser(HfArgumentParser):
     """`HfArgumentParser` whose complaints are ValueErrors, for one place that prints them."""
 
@@ -72,6 +75,23 @@ def parse_options(
         raise ValueError(str(error)) from error
 
 
+def positional_first(arguments: list[str], *names: str) -> list[str]:
+    """
+    Arguments in which the first words, where they are no flags and no settings file, are the named options.
+
+    Raises:
+        ValueError: more words than names.
+    """
+    words = []
+    while len(words) < len(arguments) and not arguments[len(words)].startswith("-"):
+        words.append(arguments[len(words)])
+    if not words or Path(words[0]).suffix in SETTINGS:
+        return arguments
+    if len(words) > len(names):
+        raise ValueError(f"got {words[len(names)]!r}, allowed are {', '.join(names)} and then --options.")
+    return [f"--{name}={word}" for name, word in zip(names, words)] + arguments[len(words) :]
+
+
 def _as_flags(parser: OptionParser, file: Path) -> list[str]:
     """The settings of a file as flags, so that they are checked and converted in the same way."""
     known = {action.dest for action in parser._actions if action.option_strings and action.dest != "help"}
@@ -94,7 +114,7 @@ def _as_word(value: Any) -> str:
 
 
 def _read_settings(file: Path) -> dict:
-    if file.suffix not in (".yaml", ".yml", ".json"):
+    if file.suffix not in SETTINGS:
         raise ValueError(f"got {str(file)!r}, allowed as the positional argument is a .yaml, .yml or .json file.")
     try:
         text = file.read_text(encoding="utf-8")

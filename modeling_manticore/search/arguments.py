@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import has_length
 
 from ..building.costs import check_kind
 from .stages import STAGES
@@ -116,11 +116,6 @@ class ManticoreTrainingArguments(TrainingArguments):
             )
         self._check_distillation()
         super().__post_init__()
-        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(
-                f"hub_strategy: got {self.hub_strategy.value!r}, which uploads optimizer states (pickles); allowed "
-                "are 'end' and 'every_save'."
-            )
 
     def _check_distillation(self) -> None:
         if self.distill_weight is None:

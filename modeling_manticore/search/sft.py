@@ -4,10 +4,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
+from .publishing import PushingMixin
 from .stages import unwrap
 
 
-class ManticoreSFTTrainer(SFTTrainer):
+class ManticoreSFTTrainer(PushingMixin, SFTTrainer):
     """
     `trl.SFTTrainer` with the loss that the hybrid itself computes. TRL replaces the model's `forward` by one that
     takes the logits for the last hidden state times one matrix; of a supernet, and wherever the head has a projector,

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, sort_checkpoints
-from transformers.utils.hub import hf_api
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
 from ..building.costs import Budget, CostTable, cost_table, expected_cost, largest
 from ..building.discretize import usable_paths
@@ -23,6 +22,7 @@ from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
 from .distill import Distiller, check_distillation
 from .history import mixture_logs
+from .publishing import PushingMixin
 from .search_data import check_disjoint_rows, check_search_dataset, is_same_split
 from .search_report import Effort, tokens_in
 from .stages import check_stage, frozen_for, mixture_parameters, unwrap
@@ -37,10 +37,9 @@ from .strategy import (
 
 
 STAGING_DIR = "_incomplete-checkpoint"  # the underscore keeps it out of every push
-LOCAL_FILES = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, STRATEGY_STATE_NAME]
 
 
-class ManticoreTrainer(Trainer):
+class ManticoreTrainer(PushingMixin, Trainer):
     """
     Trains a hybrid in one of four stages (`ManticoreTrainingArguments.stage`; `search/stages.py` says what each
     trains). Arguments are those of `transformers.Trainer`, and
@@ -66,7 +65,7 @@ class ManticoreTrainer(Trainer):
       never interrupted. What a kill left in the staging folder goes at the next start.
     - Stages freeze parameters during `train` only; all `requires_grad` flags are restored when it ends.
     - Trainer files that are pickles (optimizer, scheduler, RNG, arguments) exist in checkpoints only; they are not
-      pushed and not written by `save_model`.
+      pushed and not written by `save_model` (`search/publishing.py` says what is pushed).
 
     Raises:
         ValueError: arguments, model or data that do not fit together, before anything is written or trained.
@@ -277,19 +276,6 @@ class ManticoreTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and not self._staging:
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        hf_api().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            ignore_patterns=LOCAL_FILES,
-        )
 
     def _check_resumable(self, folder: Path) -> None:
         if not _is_complete(folder):
