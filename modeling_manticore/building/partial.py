@@ -77,7 +77,7 @@ def needed_shards(name: str, config: PreTrainedConfig, part: ComponentPart, opti
         yield name, options
         return
     index = json.loads(Path(index_file).read_text())
-    weight_map = {key: shard for key, shard in index["weight_map"].items() if not _only_unused(key, config, part)}
+    weight_map = {key: shard for key, shard in index["weight_map"].items() if not is_unused(key, config, part)}
     shards = sorted(set(weight_map.values()))
     if len(shards) == len(set(index["weight_map"].values())):
         yield name, options
@@ -92,7 +92,7 @@ def needed_shards(name: str, config: PreTrainedConfig, part: ComponentPart, opti
         yield folder, {}
 
 
-def _only_unused(key: str, config: PreTrainedConfig, part: ComponentPart) -> bool:
+def is_unused(key: str, config: PreTrainedConfig, part: ComponentPart) -> bool:
     """Whether a tensor's name on disk says that it is of a layer that is not used."""
     found = re.search(r"(^|\.)(layers|h|blocks)\.(\d+)\.", key)
     return found is not None and int(found[3]) < config.num_hidden_layers and int(found[3]) not in part.layers

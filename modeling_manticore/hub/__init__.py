@@ -1,0 +1,1 @@
+"""Sharing hybrids: pushing them to the Hub, and checking what is there."""
