@@ -13,7 +13,17 @@ from transformers.utils import logging
 
 
 RESULTS = Path(__file__).parent / "results"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # two-sided 95 %, by sample size
+STUDENT = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # two-sided 95 %, by sample size
 
 
 def quiet() -> None:

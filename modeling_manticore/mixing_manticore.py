@@ -196,9 +196,9 @@ class Junction:
     what reaches its block is, with its weight, among the sources behind it too.
 
     Args:
-        own: the first so many sources are those of the block itself; the others came through its skip path.
+        own: so many sources are the block's own; the others came through its skip path.
         paths: number of paths of the two blocks that meet here, skip paths included; one path has no gate.
-        onward: the junction behind the targets' block where that has a skip path: the sources are sources there too.
+        onward: the junction behind a target block with a skip path: the sources are sources there too.
     """
 
     def __init__(
@@ -377,10 +377,6 @@ class ManticorePath(nn.Module):
         self.out_projector = out_projector
 
 
-class SkipPath(nn.Module):
-    """In the place of a path without a component; the block itself passes on what reached it."""
-
-
 class ManticoreBlock(nn.Module):
     """The paths that run side by side on one shared hidden state."""
 
@@ -393,7 +389,7 @@ class ManticoreBlock(nn.Module):
         self.paths = nn.ModuleList()
         for p, path in enumerate(config.blocks[index]):
             if p == self.skip:
-                self.paths.append(SkipPath())
+                self.paths.append(nn.Module())  # no component: the block passes on what reached it
                 continue
             tail, blueprint = config.ends_component(index, p), blueprints[path["component"]]
             view = blueprint.view(path["start"], path["stop"], tail=tail)

@@ -1,6 +1,7 @@
 """Trains a hybrid as one of the processes of `accelerate launch`; a child of tests/test_ecosystem_distributed.py.
 
 distributed_run.py MODEL OUTPUT BATCH_OF_ONE_PROCESS [--stock] [--fsdp] [--resume] [trainer_argument=JSON ...]
+`teacher=JSON` is the Trainer's teacher.
 """
 
 import json
@@ -41,9 +42,10 @@ def main() -> None:
     options |= {"disable_tqdm": True, "use_cpu": True, "max_grad_norm": 1.0, "output_dir": output}
     options |= {"per_device_train_batch_size": int(batch), "lr_scheduler_type": "constant"}
     options |= {key: json.loads(value) for key, value in (word.split("=", 1) for word in rest if "=" in word)}
+    teacher = options.pop("teacher", None)
     arguments = TrainingArguments(**options) if stock else ManticoreTrainingArguments(**options)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    data = {"train_dataset": ROWS}
+    data = {"train_dataset": ROWS} | ({} if teacher is None else {"teacher": teacher})
     if options.get("strategy") == "darts" or options.get("gaea_base") == "darts":
         data["search_dataset"] = SEARCH
     trainer = (Trainer if stock else ManticoreTrainer)(model=model, args=arguments, **data)

@@ -57,6 +57,10 @@ def test_the_whole_path(folders, tmp_path, capsys):
         assert hybrid.config.is_discretized and blocks in (None, len(hybrid.config.blocks))
         assert f"The hybrid is in {cut}" in capsys.readouterr().out
 
+    taught = settings | {"model": cut, "output_dir": tmp_path / "taught", "stage": "distill"}
+    assert not main(["train"] + options(teacher=["0", parts[1]], **taught))
+    assert "held-out loss" in capsys.readouterr().out
+
     numbers = tmp_path / "numbers" / "numbers.json"
     assert not main(["evaluate"] + options(model=cut, texts=[text], rows=8, output_file=numbers, **rows))
     assert "perplexity" in capsys.readouterr().out
@@ -86,6 +90,13 @@ def test_search(folders, tmp_path, capsys):
     assert "9 points, 2 divisions" in capsys.readouterr().out
     searched = AutoModelForCausalLM.from_pretrained(second)
     assert not searched.config.is_discretized and (Path(second) / "report" / "sweep.json").is_file()
+    fourth = str(tmp_path / "fourth")
+    words = options(strategy="mad", tasks=["memorization=2", "in-context-recall"], program_steps=3, task_length=8)
+    assert not main(["search"] + words + options(output_folder=fourth, max_attention_blocks=1, **settings))
+    assert f"The hybrid is in {fourth}" in capsys.readouterr().out
+    report = json.loads((Path(fourth) / "report" / "programming.json").read_text())
+    assert report["tasks"]["memorization"] == pytest.approx(2 / 3) and report["steps"] == 3
+    assert AutoModelForCausalLM.from_pretrained(fourth).config.is_discretized
     settings = {"model": second, "texts": [text], "rows": 24, "row_length": 32, "output_folder": third}
     assert not main(["search"] + options(limit=1, beam=1, score_texts=[text], **settings))
     assert "(beam, bridges parallel)" in capsys.readouterr().out
@@ -167,6 +178,14 @@ ERRORS = {
     "train_search_texts": (
         ["train", "--model", "m", "--train_texts", "a", "--search_texts", "b", "--stage", "finetune"],
         "search_texts: got ['b'] with stage='finetune'",
+    ),
+    "tasks": (
+        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--strategy", "mad", "--tasks", "copying"],
+        "tasks: got 'copying', allowed are in-context-recall",
+    ),
+    "task_weight": (
+        ["search", "--model", "m", "--texts", "a", "--output_folder", "x", "--tasks", "memorization=much"],
+        "tasks: got 'memorization=much', allowed are TASK and TASK=WEIGHT",
     ),
     "limit": (
         [*SEARCH, "--max_parameters", "-5"],

@@ -1,5 +1,6 @@
 """Two processes of `accelerate launch`: DDP and FSDP2 equal one process with the same global batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def launch(model, output, *words, fsdp=None, processes=2):
 def assert_same_logs(one, two):
     kept = [
         [
-            {k: v for k, v in row.items() if k in ("loss", "grad_norm") or k.startswith("mixture/")}
+            {k: v for k, v in row.items() if k in ("loss", "grad_norm") or k.startswith(("mixture/", "distill/"))}
             for row in run["log"]
         ]
         for run in (one, two)
@@ -129,6 +130,20 @@ def test_strategies_on_two_processes_equal_one(name, tmp_path):
     if name == "darts":
         with pytest.raises(AssertionError, match="strategy: got 'darts' under FSDP, allowed with it"):
             launch(tmp_path / "model", tmp_path / "sharded", *words, fsdp={})
+
+
+def test_distillation_on_two_processes_equals_one(tmp_path):
+    component("gpt_neox", 7).save_pretrained(tmp_path / "teacher")
+    HYBRIDS["discretized"]().save_pretrained(tmp_path / "model")
+    words = [*SGD, 'stage="distill"', "distill_weight=0.7", "hidden_weight=0.5"]
+    words.append(f"teacher={json.dumps(str(tmp_path / 'teacher'))}")
+    one = launch(tmp_path / "model", tmp_path / "one", *words, processes=1)
+    assert one["log"][0]["distill/kl"] > 0 < one["log"][0]["distill/hidden"]
+    for name, options in (("DistributedDataParallel", {}), ("FSDPManticoreForCausalLM", {"fsdp": {}})):
+        two = launch(tmp_path / "model", tmp_path / name, *words, **options)
+        assert two["wrapped"] == name
+        assert_same_logs(one, two)
+        assert_same_weights(tmp_path / "one", tmp_path / name)
 
 
 def test_the_stock_trainer_trains_mixtures_too(tmp_path):

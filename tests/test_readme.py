@@ -44,7 +44,7 @@ def test_python(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     names = {"train_dataset": dataset}
     for snippet in [code for language, code in BLOCKS if language == "python"]:
-        snippet = snippet.replace("max_steps=100", "max_steps=3")
+        snippet = snippet.replace("steps=100", "steps=3")
         exec(compile(snippet, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "held-out fit" in printed and "In the beginning" in printed

@@ -129,7 +129,7 @@ def test_nothing_outside_a_budget_is_scored(limit):
         stitch(model, CALIBRATION, SCORED, budget=Budget(max_parameters=10), progress=False)
 
 
-def test_halving_ranks_again_and_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_halving_ranks_again_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     model = compose("gpt_neox", "mamba2", num_blocks=2)
     options = HalvingOptions(tokens=2000, learning_rate=1e-3, batch_size=4)
     calls = []
@@ -154,6 +154,7 @@ def test_halving_ranks_again_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(calls) == 3 and [c.tuned for c in again.candidates] == [c.tuned for c in report.candidates]
     monkeypatch.setattr(halving_module, "_tuned_loss", tune)
     fresh = stitch(model, CALIBRATION, SCORED, halving=options, progress=False)
+    assert capsys.readouterr().out == ""
     assert [c.choice for c in fresh.candidates] == [c.choice for c in report.candidates]
     assert fresh.best.tuned == pytest.approx(report.best.tuned) and set(report.best.tuned) == {"0.05", "0.15"}
     assert [len(c.tuned) for c in report.candidates] == [2, 1, 0, 0]

@@ -173,7 +173,7 @@ def check_tokenizers(sources: list[ComponentSource], tokenizer_from: int) -> Non
     Raises:
         ValueError: names the two components and the first tokens in which they differ.
     """
-    vocabularies = {source.index: _vocabulary(source) for source in sources if source.name is not None}
+    vocabularies = {s.index: tokens_of(s.name, s.options) for s in sources if s.name is not None}
     reference = vocabularies.get(tokenizer_from)
     if reference is None:
         return
@@ -186,12 +186,13 @@ def check_tokenizers(sources: list[ComponentSource], tokenizer_from: int) -> Non
             )
 
 
-def _vocabulary(source: ComponentSource) -> dict[str, int] | None:
-    folder = Path(source.name, source.options.get("subfolder", ""))
-    if Path(source.name).is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+def tokens_of(name: str, options: dict[str, Any]) -> dict[str, int] | None:
+    """The vocabulary of the tokenizer that a repository or folder has, or None; `options` are `LOADING_OPTIONS`."""
+    folder = Path(name, options.get("subfolder", ""))
+    if Path(name).is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
-    reading = {key: value for key, value in source.options.items() if key != "variant"}
+    reading = {key: value for key, value in options.items() if key != "variant"}
     try:
-        return AutoTokenizer.from_pretrained(source.name, **reading).get_vocab()
+        return AutoTokenizer.from_pretrained(name, **reading).get_vocab()
     except OSError:
         return None

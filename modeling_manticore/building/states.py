@@ -65,7 +65,7 @@ class ComponentStates:
         for layer, ended in positions:
             if layer < depth:
                 handles.append(
-                    layers[layer].register_forward_pre_hook(_keep_input(found, (layer, ended)), with_kwargs=True)
+                    layers[layer].register_forward_pre_hook(keep_input(found, (layer, ended)), with_kwargs=True)
                 )
             elif not ended:
                 handles.append(layers[depth - 1].register_forward_hook(_keep_output(found, (layer, ended))))
@@ -210,7 +210,7 @@ def _shallow(base: PreTrainedModel, layers_name: str) -> PreTrainedModel:
     return top
 
 
-def _keep_input(found, key):
+def keep_input(found, key):
     def hook(module, args, kwargs):
         found[key] = args[0] if args else kwargs["hidden_states"]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .limits import LimitOptions
 from .parsing import parse_options, require, require_positive
+from .search_programming import ProgramOptions, task_weights_of
 from .search_training import (
     GradientOptions,
     arguments_of,
@@ -38,6 +39,7 @@ STRATEGIES = {
     "gaea": Strategy("joint or darts by exponentiated gradient", "as joint or darts"),
     "dash": Strategy("joint under Gumbel noise, falling temperature", "as joint"),
     "darts": Strategy("mixture and weights in turn, each on its split", "2 x joint"),
+    "mad": Strategy("joint on synthetic tasks, components frozen", "a joint step a step"),
 }
 GRADIENT = ("joint", "gaea", "dash", "darts")
 DEFAULT_ROWS = 256
@@ -112,6 +114,8 @@ class Search:
 
     options: SearchOptions
     gradient: GradientOptions
+    tasks: dict[str, float]
+    program: ProgramOptions
     arguments: "ManticoreTrainingArguments | None"
     halving: "HalvingOptions | bool"
     budget: "Budget | None"
@@ -135,9 +139,11 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, components, texts, or limits that no hybrid meets.
     """
-    kinds = (SearchOptions, LimitOptions, GradientOptions)
-    options, limits, gradient = parse_options(kinds, arguments, "search", __doc__, explanation())
+    kinds = (SearchOptions, LimitOptions, GradientOptions, ProgramOptions)
+    options, limits, gradient, program = parse_options(kinds, arguments, "search", __doc__, explanation())
     _check(options, gradient)
+    require_positive(program, "task_length", "program_steps")
+    tasks = task_weights_of(program)
 
     from .. import HalvingOptions
     from .models import check_output, load_tokenizer
@@ -158,7 +164,18 @@ def run(arguments: list[str]) -> None:
     model = _supernet(options)
     rows, scored = _texts(options, gradient, tokenizer)
     search = Search(
-        options, gradient, training, options.halving and halving, budget, folder, tokenizer, model, rows, scored
+        options,
+        gradient,
+        tasks,
+        program,
+        training,
+        options.halving and halving,
+        budget,
+        folder,
+        tokenizer,
+        model,
+        rows,
+        scored,
     )
     found = RUNNERS[options.strategy](search)
     print(found.report)
@@ -255,11 +272,36 @@ def _by_gradient(search: Search) -> Found:
     return Found(hybrid, "hybrid", report)
 
 
+def _mad(search: Search) -> Found:
+    from .. import discretize, program
+
+    options, length = search.options, search.program.task_length
+    _calibrate_new(search)
+    report = program(
+        search.model,
+        search.tasks,
+        settings={task: {"sequence_length": length} for task in search.tasks} if length else None,
+        steps=search.program.program_steps,
+        folder=search.folder / "report",
+        apply=True,
+    )
+    hybrid = discretize(
+        search.model,
+        "argmax",
+        search.rows,
+        order=options.order or "sequential",
+        batch_size=options.batch_size,
+        budget=search.budget,
+    )
+    return Found(hybrid, "hybrid", report)
+
+
 # A strategy is one entry here, and one in STRATEGIES.
 RUNNERS: dict[str, Callable[[Search], Found]] = {
     "stitch": _stitch,
     "sweep": _sweep,
     **dict.fromkeys(GRADIENT, _by_gradient),
+    "mad": _mad,
 }
 
 

@@ -1,6 +1,7 @@
 """`manticore train`: train a hybrid in a folder, with every option of transformers' TrainingArguments."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .parsing import parse_options, require, require_positive
 from .search_training import check_search_texts, search_rows, suit
@@ -25,6 +26,13 @@ class TrainOptions:
     rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    teacher: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Who teaches in stage distill: a model's folder or repository, the number of a component, "
+            "'components' (all, as an ensemble), or the folder of a teacher cache; several are an ensemble."
+        },
+    )
 
 
 def run(arguments: list[str]) -> None:
@@ -70,9 +78,17 @@ def run(arguments: list[str]) -> None:
         eval_dataset=as_dataset(held_out),
         search_dataset=None if searched is None else as_dataset(searched),
         processing_class=tokenizer,
+        teacher=_teacher(options.teacher),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
     trainer.save_metrics("eval", metrics)
     print(f"held-out loss {metrics['eval_loss']:.3f}; the hybrid is in {folder}")
+
+
+def _teacher(names: list[str] | None) -> str | int | list | None:
+    if not names:
+        return None
+    named = [int(name) if name.isdigit() and not Path(name).is_dir() else name for name in names]
+    return named[0] if len(named) == 1 else named

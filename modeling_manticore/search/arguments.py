@@ -28,7 +28,8 @@ class ManticoreTrainingArguments(TrainingArguments):
         default="finetune",
         metadata={
             "help": "What trains: 'projectors' (projectors only), 'search' (mixture weights, projectors and, unless "
-            "train_components is off, components) or 'finetune' (everything but mixture weights)."
+            "train_components is off, components), 'finetune' (everything but mixture weights) or 'distill' (the "
+            "same, taught by another model: the Trainer's `teacher`)."
         },
     )
     strategy: str = field(
@@ -69,6 +70,23 @@ class ManticoreTrainingArguments(TrainingArguments):
     temperature_end: float = field(
         default=0.1, metadata={"help": "Temperature at the last step of strategy 'dash'; it falls geometrically."}
     )
+    distill_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share w of the teacher in the loss, (1 - w) * labels + w * T^2 * KL(teacher || student), T being "
+            "distill_temperature; default 1 in stage 'distill', else 0."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T at which the teacher's and the student's probabilities meet."}
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "The loss gets so many times the squared distance between the hybrid's states and the teacher's, "
+            "a component's, at the cuts, relative to their variance."
+        },
+    )
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -96,11 +114,32 @@ class ManticoreTrainingArguments(TrainingArguments):
                 f"temperature_end: got {self.temperature_end!r}, allowed is at most temperature_start, "
                 f"{self.temperature_start!r}."
             )
+        self._check_distillation()
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 f"hub_strategy: got {self.hub_strategy.value!r}, which uploads optimizer states (pickles); allowed "
                 "are 'end' and 'every_save'."
+            )
+
+    def _check_distillation(self) -> None:
+        if self.distill_weight is None:
+            self.distill_weight = 1.0 if self.stage == "distill" else 0.0
+        limits = {"distill_weight": (0, 1), "hidden_weight": (0, math.inf)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name}: got {value!r}, allowed is a number of {low}..{high}.")
+        temperature = self.distill_temperature
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if not number or not 0 < temperature < math.inf:
+            raise ValueError(f"distill_temperature: got {temperature!r}, allowed is a finite number > 0.")
+        if math.isinf(self.hidden_weight):
+            raise ValueError("hidden_weight: got inf, allowed is a finite number >= 0.")
+        if self.stage == "distill" and not (self.distill_weight or self.hidden_weight):
+            raise ValueError(
+                "distill_weight: got 0 with stage='distill' and hidden_weight=0, so nothing would be learned from the "
+                "teacher; allowed is a number above 0, or stage='finetune'."
             )
 
 

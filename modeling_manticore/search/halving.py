@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 
 from ..building.discretize import discretize
 from ..building.states import Batch
@@ -140,6 +140,7 @@ def _tuned_loss(
         )
         examples = [{"input_ids": row} for row in training]
         trainer = ManticoreTrainer(model=hybrid, args=args, train_dataset=examples, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return held_out_loss(hybrid, scored)
 

@@ -4,6 +4,7 @@ Which parameters train in which stage.
     projectors  projectors only, with their learned gates; components and mixture weights stand still
     search      mixture weights, projectors and, unless `train_components` is off, components
     finetune    everything but the mixture weights
+    distill     the same, with a teacher (`search/distill.py`)
 
 A parameter trains if its stage trains it and it was not frozen before: what a user or PEFT froze stays frozen. All
 `requires_grad` flags are as before when training ends, also when it ends with an error. Outside stage "search" mixture
@@ -20,7 +21,7 @@ from ..mixing_manticore import Mixture, Projector
 from ..modeling_manticore import ManticoreModel
 
 
-STAGES = ("projectors", "search", "finetune")
+STAGES = ("projectors", "search", "finetune", "distill")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -66,7 +67,7 @@ def trainable_ids(model: nn.Module, stage: str, train_components: bool) -> set[i
     if stage == "projectors":
         return projectors
     everything = {id(p) for p in model.parameters()}
-    if stage == "finetune":
+    if stage in ("finetune", "distill"):
         return everything - mixtures
     return everything if train_components else mixtures | projectors
 

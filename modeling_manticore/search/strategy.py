@@ -111,6 +111,12 @@ def check_strategy_name(name: Any) -> None:
     Raises:
         ValueError: there is no strategy of that name.
     """
+    if name == "mad":
+        raise ValueError(
+            "strategy: got 'mad', which searches on data of its own: call modeling_manticore.program(model, "
+            "'in-context-recall', strategy='joint') and model.set_mixture_weights(report.weights); allowed here are "
+            f"{', '.join(map(repr, STRATEGIES))}."
+        )
     if not isinstance(name, str) or name not in STRATEGIES:
         raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(map(repr, STRATEGIES))}.")
 

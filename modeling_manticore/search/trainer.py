@@ -21,6 +21,7 @@ from ..building.limits import check_feasible
 from .adapters import check_adapters
 from .arguments import ManticoreTrainingArguments, check_datasets
 from .callbacks import StrategyCallback
+from .distill import Distiller, check_distillation
 from .history import mixture_logs
 from .search_data import check_disjoint_rows, check_search_dataset, is_same_split
 from .search_report import Effort, tokens_in
@@ -41,7 +42,7 @@ LOCAL_FILES = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, STRATEGY_STATE_NAME
 
 class ManticoreTrainer(Trainer):
     """
-    Trains a hybrid in one of three stages (`ManticoreTrainingArguments.stage`; `search/stages.py` says what each
+    Trains a hybrid in one of four stages (`ManticoreTrainingArguments.stage`; `search/stages.py` says what each
     trains). Arguments are those of `transformers.Trainer`, and
 
         search_dataset   rows on which mixture weights learn, for the strategies that want a split of their own
@@ -50,6 +51,10 @@ class ManticoreTrainer(Trainer):
                          counted and warned of, and refused when they are more than half.
         budget           hard limits (`Budget`) of the choice that stage "search" reports and shows. They do not bend
                          the search (`cost_weight` does); limits that no choice meets are refused.
+        teacher          what the hybrid learns from in stage "distill", or in another one with `distill_weight` or
+                         `hidden_weight`: a causal language model of the same vocabulary or where to load it, a list of
+                         such (their uniform ensemble), the index of a component, "components" (all of them), or the
+                         folder of `cache_teacher`. It is never changed and never saved.
 
     - Mixture weights and learned gates step with `mixture_learning_rate` and no weight decay. (An optimizer given
       through `optimizers` is used as it is.)
@@ -77,6 +82,7 @@ class ManticoreTrainer(Trainer):
         *,
         search_dataset=None,
         budget: Budget | None = None,
+        teacher=None,
         **kwargs,
     ):
         args = ManticoreTrainingArguments(output_dir="manticore_trainer") if args is None else args
@@ -85,6 +91,8 @@ class ManticoreTrainer(Trainer):
         self.strategy: SearchStrategy | None = make_strategy(args) if args.stage == "search" else None
         self._staging, self._cost_table, self.search_dataset = False, None, search_dataset
         self.budget, self.effort, self.search_report = _checked_budget(budget, args), Effort(), None
+        self._teacher, self.distiller = teacher, None
+        check_distillation(args, teacher)
         check_datasets(args, train_dataset, eval_dataset)
         needed = self.strategy is not None and self.strategy.uses_search_data()
         check_search_dataset(args, needed, search_dataset, train_dataset, eval_dataset)
@@ -108,6 +116,8 @@ class ManticoreTrainer(Trainer):
             self.strategy.check(unwrap(model))
         if self.budget is not None:
             check_feasible(cost_table(unwrap(model)), self.budget, usable_paths(unwrap(model)))
+        if self._teacher is not None:
+            self.distiller = Distiller(args, self._teacher, unwrap(model))
 
     def cost_table(self) -> CostTable:
         """The costs of the hybrid's choices, counted once a training."""
@@ -174,8 +184,12 @@ class ManticoreTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """As in transformers; while a search trains, plus `cost_weight` times the expected cost of the hybrid."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """As in transformers; while training, with what a teacher and `cost_weight` (in a search) make of it."""
+        if self.distiller is not None and model.training:
+            loss, outputs = self.distiller.loss(self, super().compute_loss, model, inputs, num_items_in_batch)
+            result = (loss, outputs) if return_outputs else loss
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.strategy is None or not self.args.cost_weight or not model.training:
             return result
         kind, table = self.args.cost_kind, self.cost_table()
@@ -192,6 +206,8 @@ class ManticoreTrainer(Trainer):
         mixture = {}
         if self.strategy is not None and self.is_in_train and not any(key.startswith("eval_") for key in logs):
             mixture = mixture_logs(self.hybrid) | self.strategy.logs()
+        if self.distiller is not None and "loss" in logs:
+            mixture |= self.distiller.logs(self)
         merged = logs | mixture
         super().log(merged, start_time)
         logs.update({key: value for key, value in merged.items() if key not in mixture})
