@@ -361,7 +361,9 @@ def _refuse_code(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, entry in value.items():
             if key == "auto_map":
-                raise ValueError(f"{where}.auto_map: allowed are model types of transformers, without code of their own.")
+                raise ValueError(
+                    f"{where}.auto_map: allowed are model types of transformers, without code of their own."
+                )
             _refuse_code(entry, f"{where}.{key}")
     elif isinstance(value, list):
         for i, entry in enumerate(value):
