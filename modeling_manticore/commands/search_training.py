@@ -144,7 +144,7 @@ def train_search(
     budget: "Budget | None",
 ) -> "tuple[list[int], CostTable, ManticoreTrainer]":
     """
-    Search the supernet by gradient. The path of the largest product of mixture weights within the budget is the choice.
+    Search the supernet by gradient, and choose the paths of the largest product of mixture weights within the budget.
 
     Args:
         model: the supernet; it is trained in place.

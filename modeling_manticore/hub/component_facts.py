@@ -1,4 +1,4 @@
-"""What is known of a component without its weights: configuration, headers of its files, licence, sizes, vocabulary."""
+"""What is known of a component without its weights: configuration, file headers, licence, sizes, vocabulary."""
 
 import os
 from dataclasses import dataclass, field
@@ -68,7 +68,7 @@ class ComponentFacts:
         return sum(_numbers(shape) for _, shape in self.tensors.values())
 
     def bytes_to_get(self, part: ComponentPart) -> int:
-        """Bytes that building downloads: shards with a tensor that is used, configuration, tokenizer. 0 of a folder."""
+        """Bytes that building downloads: shards with a used tensor, configuration, tokenizer. 0 of a folder."""
         if not self.on_hub:
             return 0
         needed = {shard for name, shard in self.shards.items() if not is_unused(name, self.config, part)}

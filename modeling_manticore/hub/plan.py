@@ -22,13 +22,13 @@ from .sizes import Sizes, build_on_meta, sizes_of, state_bytes, weight_bytes
 from .vocabulary_match import VocabularyMatch, match_vocabularies
 
 
-# Private memory of building beyond the tensors that are made: 9.1 to 9.6 MB in benchmarks/results/building_memory.json.
+# Private memory of building beyond the tensors that it makes: 9.1 to 9.6 MB in results/building_memory.json.
 BUILDING_OVERHEAD = 9.4e6
 
 
 @dataclass
 class Building:
-    """Bytes that composing takes: new tensors at the peak, pages of files that are mapped, and what is downloaded."""
+    """Bytes that composing takes: new tensors at the peak, pages of mapped files, and what is downloaded."""
 
     private_bytes: int
     mapped_bytes: int
@@ -42,8 +42,8 @@ class Plan:
 
     Args:
         problems: why it cannot be made; everything that was found. notes: what else there is to know.
-        supernet, hybrid: sizes; the hybrid's where its choice is known, else `smallest` and `largest` of those that the
-            search may choose, by parameters, with the choice of each.
+        supernet, hybrid: sizes; the hybrid's where its choice is known, else `smallest` and `largest`, by parameters,
+            of those that the search may choose, with the choice of each.
     """
 
     recipe: str
@@ -139,7 +139,7 @@ def _facts(recipe: Recipe, made: Plan) -> list[ComponentFacts] | None:
     for fact in found:
         if fact.gated:
             made.notes.append(f"{fact.where}: it is gated; its terms must be accepted and a token given.")
-        if fact.license == "unknown" and fact.on_hub | Path(fact.name).is_dir():
+        if fact.license == "unknown" and fact.tensors:
             text = f"{fact.where}: its licence is unknown; set license and license_reason in the recipe."
             publishing = recipe.publishing is not None and recipe.publishing.repo_id is not None
             (made.problems if publishing else made.notes).append(text)

@@ -50,7 +50,7 @@ def some_text(value: str, where: str) -> None:
         raise ValueError(f"{where}: got nothing, allowed is text.")
 
 
-def texts(default: Any = None) -> Any:
+def text_names(default: Any = None) -> Any:
     """A field for names of texts: bible, python, topics, or .txt/.jsonl files and folders."""
     return checked(default, least=1, most=64, check=some_text)
 
@@ -100,7 +100,7 @@ class TokenizerRecipe:
     repo: str | None = checked(None, check=repository)
     folder: str | None = checked(None, check=some_text)
     revision: str | None = checked(None, check=some_text)
-    train_texts: list[str] | None = texts()
+    train_texts: list[str] | None = text_names()
     vocab_size: int | None = count(None, 2**20, 260)
 
     def validate(self, where: str) -> None:
@@ -140,9 +140,9 @@ class SearchRecipe:
 
     strategy: str = checked("stitch", choices=STRATEGIES)
     choice: list[int] | None = checked(None, least=1, most=MOST_LAYERS)
-    texts: list[str] | None = texts()
-    score_texts: list[str] | None = texts()
-    search_texts: list[str] | None = texts()
+    texts: list[str] | None = text_names()
+    score_texts: list[str] | None = text_names()
+    search_texts: list[str] | None = text_names()
     rows: int | None = count(None)
     row_length: int = count(128, 2**20, 2)
     batch_size: int = count(8, 2**16)

@@ -28,8 +28,8 @@ class VocabularyMatch:
 
 def match_vocabularies(recipe: Recipe, facts: list[ComponentFacts]) -> VocabularyMatch:
     """
-    Where all are of one size and no two tokenizers differ, nothing changes. Else every component gets the tokens of the
-    tokenizer of `tokenizer_from`, and padding beyond them is cut.
+    Where all are of one size and no two tokenizers differ, nothing changes. Else every component gets the tokens of
+    the tokenizer of `tokenizer_from`, and padding beyond them is cut.
     """
     first = facts[recipe.tokenizer_from]
     sizes = [fact.config.vocab_size for fact in facts]
