@@ -73,7 +73,7 @@ STANDINS = {
 @cache
 def tokenizer(kind: str):
     """Three that differ: trained on other documents, to another size."""
-    first, size = {"neox": (0, 300), "gpt2": (40, 290), "llama": (80, 280)}[kind]
+    first, size = {"neox": (0, 300), "gpt2": (25, 290), "llama": (50, 280)}[kind]
     return train_tokenizer(help_topics()[first : first + 12], size)
 
 

@@ -1,6 +1,7 @@
 """Plans: every shipped recipe plans on stand-ins; numbers are those of really built hybrids; problems are all told."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_sizes_of_a_plain_hybrid(same, dtype, tmp_path):
 
 
 def test_the_range_is_that_of_all_choices(same):
-    settings = {"name": "x", "components": same, "num_blocks": 2, "search": {"texts": ["topics"]}}
+    settings = {"name": "x", "components": same, "num_blocks": 2, "search": {"texts": ["topics"], "row_length": 32}}
     found = plan(recipe_from_dict(settings))
     supernet = ManticoreForCausalLM.from_components([entry["folder"] for entry in same], num_blocks=2)
     counts = {
@@ -133,7 +134,7 @@ def test_all_problems_are_told(same, tmp_path):
     assert "num_blocks" in plan(recipe_from_dict(settings)).problems[0]
     settings = {"name": "x", "components": same, "num_blocks": 2, "finetune": {"texts": ["topics"], "row_length": 65}}
     assert "finetune.row_length: got 65, allowed is at most 64" in plan(recipe_from_dict(settings)).problems[0]
-    search = {"texts": ["topics"], "limits": {"max_parameters": 3}}
+    search = {"texts": ["topics"], "row_length": 32, "limits": {"max_parameters": 3}}
     settings = {"name": "x", "components": same, "num_blocks": 2, "search": search}
     assert "smallest feasible value" in plan(recipe_from_dict(settings)).problems[0]
     limited = {"strategy": "none", "choice": [0, 0], "limits": {"max_attention_blocks": 1}}
@@ -180,8 +181,10 @@ def test_memory_of_building(tmp_path):
     import building_memory
 
     case = building_memory.CASES["converted"]
-    measured = building_memory.measure(80, case)
     folders = building_memory.make_components(tmp_path, 80, case["shards"])
+    command = [sys.executable, building_memory.__file__, "--build", *map(str, folders), "--dtype", case["dtype"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL, check=True)
+    measured = json.loads(done.stdout.splitlines()[-1])
     depths = [json.loads((folder / "config.json").read_text())["num_hidden_layers"] for folder in folders]
     blocks = [[path(0, 0, depths[0] // 2)], [path(1, depths[1] // 2, depths[1])]]
     components = [{"folder": str(folder)} for folder in folders]

@@ -310,7 +310,8 @@ def _too_long(recipe: Recipe, config: ManticoreConfig) -> list[str]:
     limit = config.max_position_embeddings
     problems = []
     for section in ("calibration", "search", "finetune", "evaluation"):
-        length = getattr(getattr(recipe, section), "row_length", 0)
+        own = getattr(recipe, section)
+        length = 0 if getattr(own, "strategy", None) == "none" else getattr(own, "row_length", 0)
         if limit is not None and length > limit:
             problems.append(f"{section}.row_length: got {length}, allowed is at most {limit}, the hybrid's context.")
     return problems
