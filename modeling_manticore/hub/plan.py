@@ -295,8 +295,8 @@ def _bad_tensors(fact: ComponentFacts, config: ManticoreConfig) -> list[str]:
 
 def _missing_texts(recipe: Recipe) -> list[str]:
     problems = []
-    for section in ("calibration", "search", "finetune", "evaluation"):
-        for name in ("texts", "score_texts", "search_texts"):
+    for section in ("tokenizer", "calibration", "search", "finetune", "evaluation"):
+        for name in ("texts", "score_texts", "search_texts", "train_texts"):
             for i, text in enumerate(getattr(getattr(recipe, section), name, None) or ()):
                 if text not in BUILT_IN and not Path(text).exists():
                     problems.append(

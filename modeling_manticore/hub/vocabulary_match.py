@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..commands.models import load_tokenizer
 from .component_facts import ComponentFacts
 from .recipe_schema import Recipe
 
@@ -34,8 +35,7 @@ def match_vocabularies(recipe: Recipe, facts: list[ComponentFacts]) -> Vocabular
     first = facts[recipe.tokenizer_from]
     sizes = [fact.config.vocab_size for fact in facts]
     if recipe.from_scratch:
-        wanted = (recipe.tokenizer.vocab_size if recipe.tokenizer else None) or first.config.vocab_size
-        return VocabularyMatch(wanted, same=len(set(sizes)) == 1, shared=[None] * len(facts))
+        return _of_tokenizer(recipe, facts)
     target = first.vocabulary
     shared = [_share(target, fact.vocabulary) for fact in facts]
     differ = [k for k, fact in enumerate(facts) if _differ(target, fact.vocabulary)]
@@ -56,6 +56,18 @@ def match_vocabularies(recipe: Recipe, facts: list[ComponentFacts]) -> Vocabular
             )
     changed = [k for k in range(len(facts)) if sizes[k] != size or k in differ]
     return VocabularyMatch(size, False, changed, shared, problems)
+
+
+def _of_tokenizer(recipe: Recipe, facts: list[ComponentFacts]) -> VocabularyMatch:
+    """Of components from scratch; a tokenizer yet to be trained has at most as many tokens as are asked for."""
+    source, problems = recipe.tokenizer, []
+    size = source.vocab_size or facts[0].config.vocab_size
+    if source.train_texts is None:
+        try:
+            size = len(load_tokenizer(source.repo or source.folder, source.revision))
+        except ValueError as error:
+            problems.append(str(error))
+    return VocabularyMatch(size, same=True, shared=[None] * len(facts), problems=problems)
 
 
 def _share(target: dict[str, int] | None, own: dict[str, int] | None) -> float | None:
