@@ -44,7 +44,7 @@ def planned(hub, folder, recipe, token=loopback.TOKEN):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     found = done.stdout[done.stdout.find("{") :]
     return done.returncode, json.loads(found) if found.startswith("{") else None, done.stderr
