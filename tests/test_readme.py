@@ -35,6 +35,9 @@ def folder(tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     paragraphs = [line for text in texts for line in text.splitlines() if len(line) > 30][:300]
     (folder / "notes.txt").write_text("\n\n".join(paragraphs))
+    for language, code in BLOCKS:
+        if language == "yaml":
+            (folder / code.splitlines()[0].removeprefix("# ")).write_text(code)
     rows = pack(tokenizer, paragraphs, 32)[:40]
     return folder, as_dataset(rows)
 
@@ -67,6 +70,6 @@ def test_commands(folder, monkeypatch, capsys):
 
 
 def test_every_language_is_covered():
-    assert {language for language, _ in BLOCKS} <= {"", "python", "bash"}
+    assert {language for language, _ in BLOCKS} <= {"", "python", "bash", "yaml"}
     assert len([code for language, code in BLOCKS if language == "python"]) >= 3
     assert README.count("```") == 2 * len(BLOCKS)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..cache_manticore import cache_bytes
-from ..mixing_manticore import End, Junction, junctions
+from ..mixing_manticore import End, Junction, Projector, junctions
 
 
 COST_KINDS = ("attention_blocks", "parameters", "cache_bytes_per_token", "flops_per_token")
@@ -190,6 +190,20 @@ def expected_cost(
     check_kind(kind)
     table = cost_table(model) if table is None else table
     return table.terms[kind].expected(model.mixture_weights() if weights is None else weights)
+
+
+def running_flops(model: PreTrainedModel, context: int) -> int:
+    """
+    FLOPs of one token through a model as it stands, every path of a supernet and every projector included, counted as
+    in `cost_table`; of a discretized hybrid it is the same number.
+    """
+    terms = {kind: _empty(model.config) for kind in COST_KINDS}
+    _add_slices(model, terms, context)
+    total = sum(float(node.sum()) for node in terms["flops_per_token"].nodes)
+    total += sum(_stem_flops(stem) for stem in model.trunk.stems.values())
+    for k, head in getattr(model, "heads", {}).items():
+        total += _matrix_flops(head, model.config.components[int(k)])
+    return round(total + sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, Projector)))
 
 
 def largest(table: CostTable, kind: str) -> float:

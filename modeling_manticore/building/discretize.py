@@ -61,7 +61,7 @@ def discretize(
     batches_wanted = refit and calibration is not None
     if batches_wanted:
         batches_of(calibration, model, tokenizer, batch_size, field="calibration")
-    target, groups = _merged(config, chosen)
+    target, groups = merged(config, chosen)
     if len(target.used_components) == 1 and len(config.used_components) > 1:
         logger.warning(
             f"component {target.used_components[0]} wins every block: the result is a cut of that component alone."
@@ -126,7 +126,7 @@ def usable_paths(model: PreTrainedModel) -> list[list[int]]:
     return paths
 
 
-def _merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig, list[list[int]]]:
+def merged(config: ManticoreConfig, chosen: list[int]) -> tuple[ManticoreConfig, list[list[int]]]:
     """The new configuration, and the blocks of the old one that each of its blocks was merged from."""
     paths, groups = [], []
     for b, p in enumerate(chosen):

@@ -69,7 +69,7 @@ def shards_with_unused_left_out(
     index = _index(name, options)
     if index is None:
         return None
-    needed = {shard for key, shard in index["weight_map"].items() if not _only_unused(key, config, part)}
+    needed = {shard for key, shard in index["weight_map"].items() if not is_unused(key, config, part)}
     return sorted(needed) if needed < set(index["weight_map"].values()) else None
 
 
@@ -107,7 +107,7 @@ def _cached(name: str, file: str, options: dict[str, Any]) -> str | None:
     return cached_file(name, file, **finding, _raise_exceptions_for_missing_entries=False)
 
 
-def _only_unused(key: str, config: PreTrainedConfig, part: ComponentPart) -> bool:
+def is_unused(key: str, config: PreTrainedConfig, part: ComponentPart) -> bool:
     """Whether a tensor's name on disk says that it is of a layer that is not used."""
     found = re.search(r"(^|\.)(layers|h|blocks)\.(\d+)\.", key)
     return found is not None and int(found[3]) < config.num_hidden_layers and int(found[3]) not in part.layers

@@ -6,6 +6,8 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "two small pretrained models become one hybrid: the whole path in a few minutes",
+    "plan": "say what a recipe would make and take, from configurations and headers, without downloading weights",
+    "build": "make a recipe's hybrid stage by stage, from its components to its repository; what is done is skipped",
     "compose": "cut pretrained components into a supernet, calibrate its projectors, save it",
     "train": "train a saved hybrid: its projectors, its mixture weights, or everything",
     "search": "find the best discrete hybrid, without training or by gradient, under limits on its cost",

@@ -43,7 +43,7 @@ def load_hybrid(name: str) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a folder or repository.
 
@@ -51,7 +51,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **({} if revision is None else {"revision": revision}))
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: {name!r} has none ({str(error).splitlines()[0]})") from error
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .. import Budget, ManticoreTrainingArguments
+    from .. import Budget, ManticoreTrainer, ManticoreTrainingArguments
+    from ..building.costs import CostTable
     from ..search.search_report import SearchReport
 
 
@@ -134,35 +135,32 @@ def suit(model: "PreTrainedModel", strategy: str) -> None:
         print(f"mixture weights are parametrised as {model.config.mixture!r} for {strategy} (they were {before!r})")
 
 
-def train_and_discretize(
+def train_search(
     model: "PreTrainedModel",
     args: "ManticoreTrainingArguments",
     rows: "torch.LongTensor",
     held_out: "torch.LongTensor",
     search: "torch.LongTensor | None",
     budget: "Budget | None",
-    order: str,
-) -> "tuple[PreTrainedModel, SearchReport]":
+) -> "tuple[list[int], CostTable, ManticoreTrainer]":
     """
-    Search the supernet by gradient, keep the path of the largest product of mixture weights within the budget, fit its
-    bridges, measure it, and write the report folder of `args.output_dir` with all of it.
+    Search the supernet by gradient, and choose the paths of the largest product of mixture weights within the budget.
 
     Args:
         model: the supernet; it is trained in place.
         rows, held_out, search: rows (rows, length) for the weights, for the losses that are told, and for the mixture
             where the strategy wants its own.
-        order: of the bridges, as in `discretize`.
+
+    Returns:
+        The choice, one path index a block, the costs of all choices, and the Trainer with its report.
 
     Raises:
         ValueError: limits that no choice meets, or splits that are not disjoint, before anything trains.
     """
-    from .. import Budget, ManticoreTrainer, discretize
+    from .. import Budget, ManticoreTrainer
     from ..building.discretize import usable_paths
     from ..building.limits import argmax_under
-    from ..search.callbacks import REPORT_DIR
-    from ..search.stitch_report import slices_of
     from ..tasks.text import as_dataset
-    from .models import measure
 
     trainer = ManticoreTrainer(
         model=model,
@@ -175,6 +173,34 @@ def train_and_discretize(
     trainer.train()
     table = trainer.cost_table()
     choice = argmax_under(table, model.mixture_weights(), budget or Budget(), usable_paths(model))
+    return choice, table, trainer
+
+
+def train_and_discretize(
+    model: "PreTrainedModel",
+    args: "ManticoreTrainingArguments",
+    rows: "torch.LongTensor",
+    held_out: "torch.LongTensor",
+    search: "torch.LongTensor | None",
+    budget: "Budget | None",
+    order: str,
+) -> "tuple[PreTrainedModel, SearchReport]":
+    """
+    `train_search`, then fit the bridges of the choice, measure it, and write the report folder of `args.output_dir`
+    with all of it.
+
+    Args:
+        order: of the bridges, as in `discretize`.
+
+    Raises:
+        ValueError: as `train_search`.
+    """
+    from .. import discretize
+    from ..search.callbacks import REPORT_DIR
+    from ..search.stitch_report import slices_of
+    from .models import measure
+
+    choice, table, trainer = train_search(model, args, rows, held_out, search, budget)
     calibration = rows[:CALIBRATION_ROWS]
     size = args.per_device_train_batch_size
     hybrid = discretize(model, choice, calibration=calibration, order=order, batch_size=size, budget=budget)

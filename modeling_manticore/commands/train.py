@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> None:
         eval_dataset=as_dataset(held_out),
         search_dataset=None if searched is None else as_dataset(searched),
         processing_class=tokenizer,
-        teacher=_teacher(options.teacher),
+        teacher=teacher_of(options.teacher),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -87,7 +87,8 @@ def run(arguments: list[str]) -> None:
     print(f"held-out loss {metrics['eval_loss']:.3f}; the hybrid is in {folder}")
 
 
-def _teacher(names: list[str] | None) -> str | int | list | None:
+def teacher_of(names: list[str] | None) -> str | int | list | None:
+    """The Trainer's `teacher` of names, of which numbers are components of the hybrid; several are an ensemble."""
     if not names:
         return None
     named = [int(name) if name.isdigit() and not Path(name).is_dir() else name for name in names]
