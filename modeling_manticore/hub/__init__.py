@@ -1,0 +1,1 @@
+"""Sharing hybrids: model cards, licences and pictures."""
