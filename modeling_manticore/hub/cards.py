@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..cache_manticore import cache_growth
-from ..configuration_manticore import path_name
+from ..cache_manticore import cache_growth, path_name
 from ..mixing_manticore import junctions
 from .card_check import LOCAL_PATH, REPO_ID, check_card
 from .card_results import check_results, eval_results, results_table
