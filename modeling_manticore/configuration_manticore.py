@@ -109,6 +109,8 @@ class ManticoreConfig(PreTrainedConfig):
             self._validate_layout()
             self._derive()
         super().__post_init__(**kwargs)
+        if self.dtype is not None and not hasattr(self.dtype, "itemsize"):
+            raise ValueError(f"dtype: got {self.dtype!r}, allowed are the dtypes of torch.")
         self.to_dict()  # what cannot be written again is no configuration
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -325,9 +327,8 @@ def component_weights(config: ManticoreConfig, block: int, weights: list) -> dic
 
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
     entry = component.to_diff_dict()
-    for key in ("transformers_version", "auto_map", "dtype"):
-        entry.pop(key, None)
-    return entry | {"model_type": component.model_type}
+    kept = {key: value for key, value in entry.items() if key not in ("transformers_version", "auto_map", "dtype")}
+    return kept | {"model_type": component.model_type}
 
 
 def _component_config(entry: Any, index: int) -> PreTrainedConfig:
@@ -354,8 +355,7 @@ def _component_config(entry: Any, index: int) -> PreTrainedConfig:
     for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
         if not _is_int(value := getattr(config, field, None)) or value < 1:
             raise ValueError(f"components[{index}].{field}: got {value!r}, allowed is a positive integer.")
-    config.dtype, config.return_dict = None, True
-    config.output_hidden_states = False
+    config.dtype, config.return_dict, config.output_hidden_states = None, True, False
     return config
 
 

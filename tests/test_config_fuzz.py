@@ -1,14 +1,18 @@
 """Mutated configurations get our ValueErrors, quickly, in little memory, and nothing else."""
 
+import builtins
 import copy
 import json
 import math
 import random
 import re
 import resource
+import socket
 import time
 
+import pytest
 from tiny import FAMILIES
+from transformers.utils import logging
 
 from modeling_manticore import ManticoreConfig
 
@@ -50,7 +54,6 @@ VALUES = [
         "manticore",
         "zamba2",
         "clip",
-        "\0",
     ),
     *([], {}, [1, 2], [None], ["full_attention"], [[["global", "local"], 10**9]], [[["global"], 2**40]], {"a": 1}),
     *({"rope_type": "yarn", "factor": -1}, {"auto_map": {"AutoConfig": "a--b.C"}}, ["x"] * 5000, list(range(300))),
@@ -126,3 +129,81 @@ def run(count, seed):
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         assert seconds < SECONDS and grown < BYTES, f"{i}: {seconds:.1f} s, {grown / 2**20:.0f} MB"
     return accepted, refused
+
+
+@pytest.fixture
+def shut(monkeypatch):
+    """No network, no new files."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"a configuration opened {args}")
+
+    def read_only(file, mode="r", *args, **kwargs):
+        return refuse(file, mode) if set(mode) & set("wax+") else real_open(file, mode, *args, **kwargs)
+
+    real_open = builtins.open
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(builtins, "open", read_only)
+    logging.set_verbosity(logging.CRITICAL)
+    yield
+    logging.set_verbosity_warning()
+
+
+def test_mutated_configurations(shut):
+    accepted, refused = run(400, seed=0)
+    assert accepted > 20 and refused > 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_thousand_mutated_configurations(shut):
+    accepted, refused = run(5000, seed=1)
+    assert accepted > 250 and refused > 2500
+
+
+def changed(**changes):
+    config = seeds()[1]
+    config["components"][1] |= changes
+    return config
+
+
+COUNT = r"components\[1\].num_hidden_layers: got an integer of 20 bits"
+REFUSED = {
+    "a million layers": (changed(num_hidden_layers=10**6), COUNT),
+    "no layers": (changed(num_hidden_layers=0, layer_types=[]), r"components\[1\].num_hidden_layers: got 0"),
+    "negative width": (changed(hidden_size=-4), r"components\[1\].hidden_size: "),
+    "a text for a number": (changed(hidden_size="32"), r"components\[1\].hidden_size: .*expected int, got str"),
+    "a list for a number": (changed(num_attention_heads=[4]), r"components\[1\].num_attention_heads: .*got list"),
+    "nan": (changed(rms_norm_eps=math.nan), r"components\[1\].rms_norm_eps: got nan"),
+    "nan inside": (changed(rope_parameters={"a": [math.nan]}), r"components\[1\].rope_parameters.a\[0\]: got nan"),
+    "labels": (seeds()[0] | {"num_labels": 10**9}, "config.num_labels: got an integer of 30 bits"),
+    "depth": (changed(extra=nested(40)), r"components\[1\].extra.*: got more than 16 levels"),
+    "repeats": (changed(attention_types=[[["global"], 10**9]]), r"components\[1\].attention_types\[0\]\[1\]: got"),
+    "family": (changed(model_type=["llama"]), r"components\[1\].model_type: got \['llama'\]"),
+    "dtype": (seeds()[0] | {"dtype": "load"}, "^dtype: got <"),
+    "quantization": (seeds()[0] | {"quantization_config": 0.5}, "AttributeError: 'float'"),
+    "layer types": (changed(layer_types=["nothing"] * 4), r"(?s)^components\[1\]\..*layer_types"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as error:
+        ManticoreConfig.from_dict(config)
+    assert type(error.value) is ValueError and OURS.match(str(error.value))
+
+
+def test_what_a_component_brings_along():
+    config = ManticoreConfig.from_dict(changed(auto_map={"AutoConfig": "someone/else--code.Config"}))
+    assert not hasattr(config.components[1], "auto_map") and "someone/else" not in config.to_json_string()
+    given = seeds()[1]
+    kept = copy.deepcopy(given)
+    ManticoreConfig.from_dict(given)
+    assert given["components"] == kept["components"] and given["blocks"] == kept["blocks"]
+
+
+def test_limits_leave_room_for_real_models():
+    config = ManticoreConfig.from_dict(changed(max_position_embeddings=10_485_760, num_parameters=65_536))
+    assert config.components[1].max_position_embeddings == 10_485_760
+    assert ManticoreConfig.from_dict(seeds()[0] | {"num_labels": 21_843}).num_labels == 21_843
