@@ -395,6 +395,25 @@ def cache_bytes(config: ManticoreConfig, path: dict, itemsize: int) -> int:
     return growing * 2 * heads * width * itemsize
 
 
+def path_name(path: dict, names: list[str]) -> str:
+    """`name[start:stop]` of a path, by the names of the components, or `skip`."""
+    return "skip" if path["component"] is None else f"{names[path['component']]}[{path['start']}:{path['stop']}]"
+
+
+def describe(config: ManticoreConfig, joints: list[str], parameters: int, itemsize: int) -> str:
+    """Slices, the B + 1 joints, parameters, key-value bytes per token and context of a hybrid, as lines of text."""
+    names = [getattr(c, "source", None) or c.model_type for c in config.components]
+    lines = [f"{'discretized hybrid' if config.is_discretized else 'supernet'} of {', '.join(names)}"]
+    lines.append("  stems: " + ", ".join(f"{names[k]} ({k})" for k in config.stem_components))
+    for b, block in enumerate(config.blocks):
+        lines.append(f"  block {b}: {' | '.join(path_name(path, names) for path in block)}  ({joints[b]})")
+    lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + f"  ({joints[-1]})")
+    lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
+    grows, context = cache_growth(config, itemsize), config.max_position_embeddings
+    lines.append(f"  key-value cache {grows:,} bytes per token, context {context if context else 'unlimited'}")
+    return "\n".join(lines)
+
+
 def router_collectors(config: ManticoreConfig, wanted: bool | None) -> dict[int, list]:
     """An empty list for every component whose routers are to be balanced; `wanted` None: as its configuration says."""
     return {

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, __version__
@@ -16,6 +17,8 @@ PROJECTOR_INITS = ("identity", "random")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 PATH_KEYS = ("component", "start", "stop")
 SKIP_PATH = {"component": None}
+MOST_COUNTED, DEEPEST = 65_536, 16  # of layers, heads, experts, labels, ...; levels of nested values
+COUNTED = re.compile(r"num_|n_(?!positions|ctx)|\w*(layer|_types)")
 
 # Which class each Auto class of transformers finds in the code that travels with a checkpoint.
 AUTO_MAP = {
@@ -97,6 +100,7 @@ class ManticoreConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        _check_values(kwargs | {key: v for key, v in vars(self).items() if key != "components"}, "config")
         self.components = [
             _component_config(entry, k) for k, entry in enumerate(_as_list(self.components, "components"))
         ]
@@ -106,6 +110,9 @@ class ManticoreConfig(PreTrainedConfig):
             self._validate_layout()
             self._derive()
         super().__post_init__(**kwargs)
+        if self.dtype is not None and not hasattr(self.dtype, "itemsize"):
+            raise ValueError(f"dtype: got {self.dtype!r}, allowed are the dtypes of torch.")
+        self.to_dict()  # what cannot be written again is no configuration
 
     def __setattr__(self, key: str, value: Any) -> None:
         """A new vocabulary size is that of every component, once the layout is known; it has no padding."""
@@ -135,10 +142,8 @@ class ManticoreConfig(PreTrainedConfig):
             ("projector_init", PROJECTOR_INITS),
             ("problem_type", PROBLEM_TYPES),
         ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(map(repr, allowed))}."
-                )
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(map(repr, allowed))}.")
         if not isinstance(self.project_ends, bool):
             raise ValueError(f"project_ends: got {self.project_ends!r}, allowed are True and False.")
         for field in ("mixture_temperature", "initializer_range"):
@@ -165,9 +170,7 @@ class ManticoreConfig(PreTrainedConfig):
             for p in real:
                 path, where = block[p], f"blocks[{b}][{p}]"
                 if not 0 <= path["component"] < count:
-                    raise ValueError(
-                        f"{where}.component: got {path['component']}, allowed is 0..{count - 1} ({count} components)."
-                    )
+                    raise ValueError(f"{where}.component: got {path['component']}, allowed is 0..{count - 1}.")
                 depth = self.components[path["component"]].num_hidden_layers
                 if not 0 <= path["start"] < path["stop"] <= depth:
                     raise ValueError(
@@ -178,9 +181,7 @@ class ManticoreConfig(PreTrainedConfig):
             raise ValueError(f"tokenizer_from: got {self.tokenizer_from!r}, allowed is 0..{count - 1}.")
         widest = max(component.hidden_size for component in self.components)
         if self.hidden_size is not None and self.hidden_size < widest:
-            raise ValueError(
-                f"hidden_size: got {self.hidden_size}, allowed is at least {widest}, the widest component."
-            )
+            raise ValueError(f"hidden_size: got {self.hidden_size}, allowed is at least {widest}, the widest.")
         sizes = [component.vocab_size for component in self.components]
         expected = sizes[self.tokenizer_from] if self.vocab_size is None else self.vocab_size
         for k, size in enumerate(sizes):
@@ -326,68 +327,78 @@ def component_weights(config: ManticoreConfig, block: int, weights: list) -> dic
     return {k: totals[k] for k in sorted(totals)}
 
 
-def path_name(path: dict, names: list[str]) -> str:
-    """`name[start:stop]` of a path, by the names of the components, or `skip`."""
-    return "skip" if path["component"] is None else f"{names[path['component']]}[{path['start']}:{path['stop']}]"
-
-
-def describe(config: ManticoreConfig, joints: list[str], parameters: int, cached: int) -> str:
-    """Slices, the B + 1 joints, parameters, key-value bytes per token and context of a hybrid, as lines of text."""
-    names = [getattr(c, "source", None) or c.model_type for c in config.components]
-    lines = [f"{'discretized hybrid' if config.is_discretized else 'supernet'} of {', '.join(names)}"]
-    lines.append("  stems: " + ", ".join(f"{names[k]} ({k})" for k in config.stem_components))
-    for b, block in enumerate(config.blocks):
-        lines.append(f"  block {b}: {' | '.join(path_name(path, names) for path in block)}  ({joints[b]})")
-    lines.append("  heads: " + ", ".join(f"{names[k]} ({k})" for k in config.head_components) + f"  ({joints[-1]})")
-    lines.append(f"  stream {config.hidden_size}, vocabulary {config.vocab_size}, parameters {parameters:,}")
-    context = config.max_position_embeddings
-    lines.append(f"  key-value cache {cached:,} bytes per token, context {context if context else 'unlimited'}")
-    return "\n".join(lines)
-
-
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
     entry = component.to_diff_dict()
-    for key in ("transformers_version", "auto_map", "dtype"):
-        entry.pop(key, None)
-    return entry | {"model_type": component.model_type}
+    kept = {key: value for key, value in entry.items() if key not in ("transformers_version", "auto_map", "dtype")}
+    return kept | {"model_type": component.model_type}
 
 
 def _component_config(entry: Any, index: int) -> PreTrainedConfig:
     """A private copy of a component's configuration, from an object or a dictionary."""
     if isinstance(entry, dict):
-        entry = dict(entry)
+        _check_values(entry, f"components[{index}]")
+        entry = {key: copy.deepcopy(value) for key, value in entry.items() if key != "auto_map"}
         family = entry.pop("model_type", None)
         _check_family(family, index)
-        config = CONFIG_MAPPING[family].from_dict(entry)
+        with _named_errors(f"components[{index}]."):
+            config = CONFIG_MAPPING[family].from_dict(entry)
     elif isinstance(entry, PreTrainedConfig):
         _check_family(entry.model_type, index)
         config = copy.deepcopy(entry)
     else:
-        raise ValueError(
-            f"components[{index}]: got {type(entry).__name__}, allowed is a configuration or a dictionary."
-        )
+        raise ValueError(f"components[{index}]: got {type(entry).__name__}, allowed are configurations, dictionaries.")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"components[{index}]: got a quantized checkpoint, allowed are full-precision ones. "
             "Load it with `dequantize=True`, save it, and use that folder."
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"components[{index}].model_type: got {config.model_type!r}, which is not a causal language model."
-        )
-    config.dtype, config.return_dict = None, True
-    config.output_hidden_states = False
+        raise ValueError(f"components[{index}].model_type: got {config.model_type!r}, not a causal language model.")
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if not _is_int(value := getattr(config, field, None)) or value < 1:
+            raise ValueError(f"components[{index}].{field}: got {value!r}, allowed is a positive integer.")
+    config.dtype, config.return_dict, config.output_hidden_states = None, True, False
     return config
 
 
 def _check_family(family: Any, index: int) -> None:
     where = f"components[{index}].model_type"
+    if not isinstance(family, str) or family not in [*CONFIG_MAPPING, *REFUSED_FAMILIES]:
+        raise ValueError(f"{where}: got {family!r}, allowed are the model types of the installed transformers.")
     if family in REFUSED_FAMILIES:
         raise ValueError(f"{where}: {family!r} cannot be sliced: {REFUSED_FAMILIES[family]}.")
     if family == ManticoreConfig.model_type:
         raise ValueError(f"{where}: got 'manticore', allowed are plain models: a hybrid cannot be a component.")
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
-        raise ValueError(f"{where}: got {family!r}, allowed are the model types of the installed transformers.")
+
+
+def _check_values(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse, before a constructor counts up to it, what no configuration has: huge counts, NaN, endless nesting."""
+    if isinstance(value, (dict, list, tuple)):
+        if depth > DEEPEST:
+            raise ValueError(f"{where}: got more than {DEEPEST} levels of nesting, allowed are at most so many.")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(inner, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]", depth + 1)
+    elif isinstance(value, float) and value != value:
+        raise ValueError(f"{where}: got nan, allowed is a number.")
+    elif _is_int(value):
+        limit = MOST_COUNTED if COUNTED.match(where.rpartition(".")[2]) else 2**53
+        if abs(value) > limit:
+            raise ValueError(f"{where}: got an integer of {value.bit_length()} bits, allowed is at most {limit:,}.")
+
+
+@contextmanager
+def _named_errors(where: str = ""):
+    """Errors of transformers' own checks, of whatever class, become one ValueError that names the field."""
+    try:
+        yield
+    except Exception as error:
+        if not where and isinstance(error, ValueError) and re.match(r"[\w.\[\]]+: ", str(error)):
+            raise
+        field, text = re.match(r"(?:Validation error for field '(\w+)':\s*)?(.*)", str(error), re.DOTALL).groups()
+        raise ValueError(f"{where}{field or type(error).__name__}: {text}") from error
+
+
+ManticoreConfig.__init__ = _named_errors()(ManticoreConfig.__init__)
 
 
 def _block(block: Any, b: int) -> list[dict[str, int | None]]:
@@ -400,9 +411,7 @@ def _path(path: Any, where: str) -> dict[str, int | None]:
     if path == SKIP_PATH:
         return dict(SKIP_PATH)
     if not isinstance(path, dict) or set(path) != set(PATH_KEYS):
-        raise ValueError(
-            f"{where}: got {path!r}, allowed is a dictionary with the keys {', '.join(PATH_KEYS)}, or {SKIP_PATH}."
-        )
+        raise ValueError(f"{where}: got {path!r}, allowed is a dictionary of {', '.join(PATH_KEYS)}, or {SKIP_PATH}.")
     for key in PATH_KEYS:
         if not _is_int(path[key]):
             raise ValueError(f"{where}.{key}: got {path[key]!r}, allowed is an integer.")
@@ -410,11 +419,9 @@ def _path(path: Any, where: str) -> dict[str, int | None]:
 
 
 def _as_list(value: Any, field: str) -> list:
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, type(None))):
         raise ValueError(f"{field}: got {type(value).__name__}, allowed is a list.")
-    return list(value)
+    return list(value or ())
 
 
 def _is_int(value: Any) -> bool:

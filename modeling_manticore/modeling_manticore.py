@@ -14,18 +14,18 @@ from transformers.utils import can_return_tuple, logging
 from .cache_manticore import (
     ManticoreCache,
     ManticoreModelOutput,
-    cache_growth,
     check_inputs,
     check_order,
     check_positions,
     check_rope,
     check_shapes,
     derive_positions,
+    describe,
     is_recurrent,
     router_collectors,
     router_losses,
 )
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, describe, move_into
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, move_into
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
@@ -161,8 +161,7 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
     def describe(self) -> str:
         """A printable account: slices, bridges, parameters, key-value bytes per token, context."""
         joints = [joint.name for joint in junctions(self.config)]
-        cached = cache_growth(self.config, self.dtype.itemsize)
-        return describe(self.config, joints, sum(p.numel() for p in self.parameters()), cached)
+        return describe(self.config, joints, sum(p.numel() for p in self.parameters()), self.dtype.itemsize)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cards import numbers_without_source
 from tiny import component, tokens
 
 from modeling_manticore import ManticoreForCausalLM, discretize
+from modeling_manticore.hub.card_check import check_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +82,9 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path):
         rows
     )
     assert all(0 < row["mean"] < 20 for row in rows.values())
+    check_card((output / "hybrid" / "README.md").read_text())
+    table = json.loads((output / "table.json").read_text())
+    assert numbers_without_source((output / "hybrid" / "README.md").read_text(), table) == []
     assert (output / "losses.png").is_file() and (output / "mixture_weights.png").is_file()
     assert not list(output.glob(".*"))
 

@@ -1,16 +1,24 @@
-"""The demo's table: as text, as JSON, and as two plots."""
+"""The demo's table: as text, as JSON, as two plots, and as the model card of its hybrid."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+
+LEVEL, HALF_WIDTH = 0.95, 1.96  # confidence of intervals, and their half width in standard errors
 
 
 @dataclass
 class Row:
-    """One line of the table. `losses` are mean nats per token, by domain; `seconds` is what this step itself took."""
+    """
+    One line of the table. `losses` are mean nats per token, by domain, `standard_errors` theirs over test rows;
+    `seconds` is what this step itself took.
+    """
 
     name: str
     losses: dict[str, float]
+    standard_errors: dict[str, float | None]
     parameters: int
     seconds: float | None
     steps: int = 0
@@ -49,9 +57,65 @@ def table(rows: list[Row]) -> str:
 
 
 def write_json(file: Path, rows: list[Row], **facts) -> None:
-    """The table and everything needed to read it."""
-    content = facts | {"rows": [asdict(row) | {"mean": row.mean} for row in rows]}
+    """The table and everything needed to read it; an interval for every loss that has a standard error."""
+    content = facts | {"level": LEVEL, "rows": []}
+    for row in rows:
+        intervals = {
+            name: [row.losses[name] - HALF_WIDTH * error, row.losses[name] + HALF_WIDTH * error]
+            for name, error in row.standard_errors.items()
+            if error is not None
+        }
+        content["rows"].append(asdict(row) | {"mean": row.mean, "intervals": intervals})
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def card_arguments(table: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of `write_card` for the demo's hybrid, from the table's JSON alone: its results beside those of the
+    models that were fine-tuned on the same tokens, the search, and the settings as a recipe.
+    """
+    settings, results = table["settings"], []
+    for row in table["rows"]:
+        if row["name"] != table["kept"] and not row["name"].endswith(", fine-tuned"):
+            continue
+        for domain, loss in row["losses"].items():
+            results.append(
+                {
+                    "model": None if row["name"] == table["kept"] else row["name"],
+                    "dataset": domain,
+                    "split": "test",
+                    "metric": "loss",
+                    "value": loss,
+                    "interval": row["intervals"].get(domain),
+                    "level": table["level"],
+                    "over": f"{settings['eval_rows']} test rows at most",
+                    "tokens": table["tokens"],
+                }
+            )
+    recipe = {
+        "components": [component["name"] for component in table["hybrid"]["components"]],
+        "num_blocks": settings["num_blocks"],
+        "gate": settings["gate"],
+        "datasets": settings["texts"],
+        "row_length": settings["row_length"],
+        "batch_size": settings["batch_size"],
+        "seed": settings["seed"],
+        "calibration": {"rows": settings["calibration_rows"]},
+        "search": {
+            "strategy": "joint",
+            "steps": settings["search_steps"],
+            "learning_rate": settings["search_learning_rate"],
+            "mixture_learning_rate": settings["mixture_learning_rate"],
+        },
+        "finetuning": {"steps": settings["steps"], "learning_rate": settings["learning_rate"]},
+        "publishing": {
+            "license": "unknown",
+            "license_reason": "a demonstration; whoever shares it decides.",
+            "limits": [f"Made by `manticore demo` in {table['total_seconds']:.3f} seconds to show how, not for use."],
+        },
+    }
+    search = {"strategy": "joint", "choice": table["searched_choice"], "blocks": table["blocks"]}
+    return {"recipe": recipe, "results": results, "report": search, "versions": table["versions"]}
 
 
 def plot_losses(file: Path, rows: list[Row], histories: dict[str, list[dict]]) -> None:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import ManticoreForCausalLM, calibrate, discretize
+from ..hub.cards import architecture, write_card
 from ..search.history import plot_mixtures
 from ..tasks.text import interleave
 from . import demo_reload
 from .demo_components import given_components, own_components, pack_domains, read_splits
 from .demo_jobs import Job, child_environment, run_jobs, save_rows
-from .demo_report import Row, plot_losses, table, write_json
+from .demo_report import Row, card_arguments, plot_losses, table, write_json
 from .models import check_output, measure
 
 
@@ -44,7 +45,7 @@ class Demo:
         self.facts: dict = {}
 
     def run(self) -> None:
-        """All stages. Writes `hybrid/`, `table.json`, `mixture_weights.png` and `losses.png`."""
+        """All stages. Writes `hybrid/` with its card, `table.json`, `mixture_weights.png` and `losses.png`."""
         start = time.perf_counter()
         self.prepare()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ class Demo:
             hybrid, job = self.searched_hybrid()
             self.save_and_reload(hybrid, job)
         self.facts["total_seconds"] = time.perf_counter() - start
-        self.report()
+        self.report(hybrid)
 
     # ------------------------------------------------------------------ texts and components
     def prepare(self) -> None:
@@ -84,13 +85,16 @@ class Demo:
             for name, rows in (("search", self.search_rows), ("train", self.train_rows), ("probe", probe))
         }
 
-    def losses(self, model: PreTrainedModel) -> dict[str, float]:
-        """Test loss by domain."""
-        return {d.name: measure(model, d.test[: self.options.eval_rows])["loss"] for d in self.domains}
+    def measured(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        """Test loss and its standard error by domain, as a row has them."""
+        found = {d.name: measure(model, d.test[: self.options.eval_rows]) for d in self.domains}
+        pairs = (("losses", "loss"), ("standard_errors", "standard_error"))
+        return {field: {name: one[key] for name, one in found.items()} for field, key in pairs}
 
     def add(self, name: str, model: PreTrainedModel, seconds: float | None, **more) -> Row:
         """Measure a model and add its row."""
-        row = Row(name, self.losses(model), sum(p.numel() for p in model.parameters()), seconds, **more)
+        parameters = sum(p.numel() for p in model.parameters())
+        row = Row(name, parameters=parameters, seconds=seconds, **self.measured(model), **more)
         self.rows.append(row)
         print(f"{name}: mean test loss {row.mean:.3f}")
         return row
@@ -282,7 +286,7 @@ class Demo:
         for name, gain in self.facts["calibration_gain"].items():
             lines.append(f"{name}: calibration instead of identity bridges lowers the loss by {gain:.3f} nats")
         best = min(row.mean for row in self.continued)
-        tokens = options.steps * options.batch_size * options.row_length
+        tokens = self.facts["tokens"] = options.steps * options.batch_size * options.row_length
         hybrids = {self.fixed_row.name: self.fixed_row, self.best_row.name: self.best_row}
         for row in hybrids.values():
             word = "below" if row.mean < best else "NOT below"
@@ -291,8 +295,8 @@ class Demo:
         lines.append(f"every fine-tuned row: the same {tokens:,} tokens of all domains in the same order")
         return lines
 
-    def report(self) -> None:
-        """The table, its JSON, the two plots, and the last lines."""
+    def report(self, hybrid: PreTrainedModel) -> None:
+        """The table, its JSON, the card that is made of it, the two plots, and the last lines."""
         verdict = self.verdict()
         names = [
             [f"{self.components[p['component']].name} {p['start']}:{p['stop']}" for p in block]
@@ -303,8 +307,16 @@ class Demo:
         self.facts["versions"] = {"python": platform.python_version()} | {
             name: version(name) for name in ("modeling-manticore", "torch", "transformers")
         }
-        write_json(self.output / "table.json", self.rows, verdict=verdict, settings=asdict(self.options), **self.facts)
+        self.facts["kept"] = self.best_row.name
+        self.facts["hybrid"] = architecture(hybrid)
+        self.facts["blocks"] = [
+            {"paths": paths, "weights": weights} for paths, weights in zip(names, self.facts["mixture_weights"])
+        ]
+        table_file = self.output / "table.json"
+        write_json(table_file, self.rows, verdict=verdict, settings=asdict(self.options), **self.facts)
+        card = write_card(self.output / "hybrid", hybrid, **card_arguments(json.loads(table_file.read_text())))
         print("\n".join(["", *verdict, f"{self.facts['total_seconds']:.0f} seconds in all", "", table(self.rows), ""]))
+        print(f"card:   {card}")
         print(f"hybrid: {self.output / 'hybrid'}")
         print(f"plots:  {self.output / 'mixture_weights.png'}, {self.output / 'losses.png'}")
-        print(f"table:  {self.output / 'table.json'}")
+        print(f"table:  {table_file}")

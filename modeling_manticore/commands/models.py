@@ -1,6 +1,7 @@
 """What several sub-commands do with models and rows: load, read texts, measure."""
 
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -73,24 +74,32 @@ def rows_of(
 @torch.inference_mode()
 def measure(model: PreTrainedModel, rows: torch.LongTensor, batch_size: int = 16, label: str | None = None) -> dict:
     """
-    Mean next-token loss in nats, perplexity and accuracy over rows of ids (rows, length).
+    Mean next-token loss in nats, its standard error over rows (None for one row), perplexity and accuracy over rows of
+    ids (rows, length).
 
     Args:
         label: shows a progress bar of that name.
     """
     was_training = model.training
     model.eval()
-    loss, hits, count = 0.0, 0, 0
+    losses, hits, count = [], 0, 0
     for batch in tqdm(rows.split(batch_size), desc=label, disable=label is None, leave=False):
         batch = batch.to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         targets = batch[:, 1:]
-        loss += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        entries = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses += entries.view_as(targets).double().mean(dim=1).tolist()
         hits += (logits.argmax(-1) == targets).sum().item()
         count += targets.numel()
     model.train(was_training)
-    mean = loss / count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": hits / count, "tokens": count}
+    mean = statistics.fmean(losses)
+    return {
+        "loss": mean,
+        "standard_error": statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "accuracy": hits / count,
+        "tokens": count,
+    }
 
 
 def check_output(folder: str) -> Path:

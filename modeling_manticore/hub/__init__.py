@@ -1,1 +1,1 @@
-"""Sharing hybrids: pushing them to the Hub, and checking what is there."""
+"""Sharing hybrids: recipes, plans, model cards, pushing to the Hub, and checking what is there."""

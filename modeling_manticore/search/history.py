@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..configuration_manticore import path_name
+from ..cache_manticore import path_name
 from .pictures import SMALL, new_figure, write_figure
 
 
