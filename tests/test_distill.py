@@ -4,116 +4,35 @@ import copy
 
 import pytest
 import torch
+from distilling import (
+    arguments,
+    expected_loss,
+    hybrid,
+    loud,
+    padded,
+    parts,
+    path,
+    rows,
+    trainer_of,
+    training_loss,
+)
 from peft import get_peft_model
-from tiny import FAMILIES, VOCAB, component, tokens
+from tiny import VOCAB, component, tokens
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
 from modeling_manticore import (
     ManticoreForCausalLM,
-    ManticoreForSequenceClassification,
     ManticoreTrainer,
-    ManticoreTrainingArguments,
     cache_teacher,
     lora_config,
 )
-from modeling_manticore.building.states import Batch, boundaries
 from modeling_manticore.search.distill import divergence
 from modeling_manticore.search.teachers import Lesson
-
-
-def path(k, start, stop):
-    return {"component": k, "start": start, "stop": stop}
-
-
-CHAIN = [[path(0, 0, 1)], [path(1, 1, 2)], [path(0, 2, 4)]]
-
-
-def loud(model):
-    """Larger logits, so that probabilities of random models differ."""
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20)
-    return model
-
-
-def parts():
-    return [loud(component("gpt_neox")), loud(component("mamba2", 1))]
-
-
-def hybrid(components=None, blocks=CHAIN):
-    torch.manual_seed(0)
-    return ManticoreForCausalLM.from_components(components or parts(), blocks=blocks)
-
-
-def rows(count=16, seed=3):
-    """Rows of which every third has no label in its first half."""
-    data = [{"input_ids": row, "labels": row.clone()} for row in tokens(count, 10, seed)]
-    for row in data[::3]:
-        row["labels"][:5] = -100
-    return data
-
-
-def padded():
-    """A batch with left and right padding."""
-    ids, mask = tokens(3, 10, seed=5), torch.ones(3, 10, dtype=torch.long)
-    mask[0, 7:], mask[1, :4] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
-
-
-def arguments(folder, **options):
-    plain = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none"}
-    plain |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "stage": "distill"}
-    return ManticoreTrainingArguments(output_dir=str(folder), **(plain | options))
-
-
-def trainer_of(folder, model, teacher, data=None, callbacks=None, **options):
-    args = arguments(folder, **options)
-    return ManticoreTrainer(
-        model=model, args=args, train_dataset=rows() if data is None else data, teacher=teacher, callbacks=callbacks
-    )
-
-
-def training_loss(trainer, inputs, num_items=None):
-    trainer.model.train()
-    with torch.no_grad():
-        return trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items).double()
-
-
-def positions(mask):
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
-@torch.no_grad()
-def expected_loss(student, teacher, inputs, w, temperature, m=0.0, num_items=None):
-    """The formula, place by place, in float64."""
-    mask, labels = inputs["attention_mask"], inputs["labels"]
-    given = {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": positions(mask)}
-    said, answer = teacher(**given, output_hidden_states=True), student(**given).logits.double()
-    steps = list(boundaries(student, Batch(inputs["input_ids"], mask)))
-    bridge = student.model.blocks[2].paths[0].in_projector
-    pairs = [(steps[1].states[0], said.hidden_states[1]), (bridge(steps[2].states[0]), said.hidden_states[2])]
-    total, count = 0.0, 0
-    for i in range(len(labels)):
-        for t in range(labels.shape[1] - 1):
-            if labels[i, t + 1] == -100:
-                continue
-            z, s = said.logits[i, t].double(), answer[i, t]
-            label_loss = -torch.log(s.exp() / s.exp().sum())[labels[i, t + 1]]
-            total, count = total + (1 - w) * label_loss, count + 1
-            if not mask[i, t]:
-                continue  # the last place of left padding: nothing was read
-            p, q = ((x / temperature).exp() / (x / temperature).exp().sum() for x in (z, s))
-            error = sum(
-                ((u[i, t] - v[i, t]) ** 2).double().sum() / ((v[i, t] - v[i, t].mean()) ** 2).double().sum()
-                for u, v in pairs
-            )
-            total += w * temperature**2 * (p * (p / q).log()).sum() + m * error / len(pairs)
-    return total / (count if num_items is None else num_items)
 
 
 @pytest.mark.parametrize("num_items", [None, 37])
@@ -386,124 +305,3 @@ def test_other_stages_take_the_term_too(options, tmp_path):
     trainer.train()
     logged = [entry["distill/kl"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2 and min(logged) > 0
-
-
-ARGUMENT_CASES = {
-    "weight": ({"distill_weight": 1.5}, "distill_weight: got 1.5, allowed is a number of 0..1"),
-    "weight_type": ({"distill_weight": "all"}, "distill_weight: got 'all'"),
-    "temperature": ({"distill_temperature": 0.0}, "distill_temperature: got 0.0"),
-    "hidden": ({"hidden_weight": -1.0}, "hidden_weight: got -1.0"),
-    "nothing": ({"distill_weight": 0.0}, "distill_weight: got 0 with stage='distill'"),
-}
-
-
-@pytest.mark.parametrize("options, message", ARGUMENT_CASES.values(), ids=ARGUMENT_CASES)
-def test_bad_arguments(options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path / "run", **options)
-    assert not any(tmp_path.iterdir())
-
-
-def other_vocabulary():
-    config = FAMILIES["llama"]()
-    config.vocab_size = 32
-    return AutoModelForCausalLM.from_config(config)
-
-
-def shared(model):
-    teacher = loud(component("gpt_neox"))
-    teacher.get_output_embeddings().weight = model.heads["0"].get_output_embeddings().weight
-    return teacher
-
-
-def llama_classifier():
-    return LlamaForSequenceClassification(FAMILIES["llama"]())
-
-
-TEACHER_CASES = {
-    "missing": (lambda model: None, {}, "teacher: got None with stage='distill'"),
-    "missing_elsewhere": (lambda model: None, {"stage": "finetune", "distill_weight": 0.5}, "teacher: got None"),
-    "unused": (lambda model: component("llama"), {"stage": "finetune"}, "teacher: got one with stage='finetune'"),
-    "vocabulary": (lambda model: other_vocabulary(), {}, "teacher: got a vocabulary of 32 tokens, allowed is"),
-    "in_a_list": (lambda model: [component("llama"), other_vocabulary()], {}, r"teacher\[1\]: got a vocabulary"),
-    "empty": (lambda model: [], {}, "teacher: got an empty list"),
-    "no_model": (lambda model: 3.5, {}, "teacher: got float, allowed is a causal language model"),
-    "no_logits": (lambda model: llama_classifier(), {}, "teacher: got LlamaForSequenceClassification"),
-    "no_index": (lambda model: 2, {}, r"teacher: got component 2, allowed is 0..1"),
-    "no_source": (lambda model: 0, {}, "teacher: this component has no recorded source"),
-    "no_folder": (lambda model: "nowhere/at-all", {}, "teacher: 'nowhere/at-all' cannot be loaded"),
-    "itself": (lambda model: model, {}, "teacher: it shares weights with the model that is trained"),
-    "shared": (shared, {}, "teacher: it shares weights"),
-    "states_of_a_stranger": (lambda model: component("llama"), {"hidden_weight": 1.0}, "hidden_weight: hidden states"),
-    "states_of_two": (lambda model: parts(), {"hidden_weight": 1.0}, "hidden_weight: hidden states"),
-}
-
-
-@pytest.mark.parametrize("teacher, options, message", TEACHER_CASES.values(), ids=TEACHER_CASES)
-def test_bad_teachers(teacher, options, message, tmp_path):
-    model = hybrid()
-    with pytest.raises(ValueError, match=message):
-        trainer_of(tmp_path / "run", model, teacher(model), **options)
-    assert not any(tmp_path.iterdir())
-
-
-def test_hidden_states_need_a_cut(tmp_path):
-    components = parts()
-    pure = hybrid(components, [[path(0, 0, 4)]])
-    with pytest.raises(ValueError, match="hidden_weight: no block begins behind a bridge"):
-        trainer_of(tmp_path, pure, components[0], hidden_weight=1.0)
-    supernet = ManticoreForCausalLM.from_components(components, num_blocks=2)
-    with pytest.raises(ValueError, match="hidden_weight: got a supernet"):
-        trainer_of(tmp_path, supernet, components[0], hidden_weight=1.0)
-    twins = hybrid([component("gpt_neox"), component("gpt_neox", 1)])
-    with pytest.raises(ValueError, match=r"may be any of the components \[0, 1\]"):
-        trainer_of(tmp_path, twins, component("gpt_neox"), hidden_weight=1.0)
-
-
-def test_a_classifier_has_no_teacher(tmp_path):
-    config = hybrid().config
-    config.num_labels = 3
-    with pytest.raises(ValueError, match="model: got ManticoreForSequenceClassification with a teacher"):
-        trainer_of(tmp_path, ManticoreForSequenceClassification(config), component("llama"))
-
-
-CACHE_CASES = {
-    "top_k": ({"top_k": VOCAB + 1}, "top_k: got"),
-    "dtype": ({"dtype": "int8"}, "dtype: got 'int8'"),
-    "temperature": ({"temperature": -1.0, "top_k": 2}, "temperature: got -1.0"),
-    "batch_size": ({"batch_size": 0}, "batch_size: got 0"),
-    "no_rows": ({"dataset": []}, "dataset: got no row"),
-    "no_ids": ({"dataset": [{"text": "a"}]}, r"dataset\[0\]: got the fields \['text'\]"),
-    "foreign_ids": ({"dataset": [{"input_ids": [1, VOCAB]}]}, rf"dataset\[0\]: got token {VOCAB}"),
-    "teacher": ({"teacher": 4}, "teacher: got int"),
-}
-
-
-@pytest.mark.parametrize("options, message", CACHE_CASES.values(), ids=CACHE_CASES)
-def test_bad_caches(options, message, tmp_path):
-    given = {"teacher": component("gpt_neox"), "dataset": rows(2), "folder": tmp_path / "cache"}
-    with pytest.raises(ValueError, match=message):
-        cache_teacher(**(given | options))
-    assert not any(tmp_path.iterdir())
-
-
-def test_caches_that_do_not_fit(tmp_path):
-    teacher = component("gpt_neox")
-    folder = cache_teacher(teacher, rows(4), tmp_path / "cache", top_k=5, progress=False)
-    with pytest.raises(ValueError, match="folder: got .* which is in use"):
-        cache_teacher(teacher, rows(4), folder)
-    with pytest.raises(ValueError, match="distill_temperature: got 2.0, allowed with the teacher cache"):
-        trainer_of(tmp_path / "run", hybrid(), folder, distill_temperature=2.0)
-    with pytest.raises(ValueError, match="hidden_weight: hidden states"):
-        trainer_of(tmp_path / "run", hybrid(), folder, hidden_weight=1.0)
-    trainer = trainer_of(tmp_path / "run", hybrid(), folder)
-    with pytest.raises(ValueError, match="has no row of 10 tokens that begins with"):
-        training_loss(trainer, {"input_ids": tokens(2, 10, 77), "labels": tokens(2, 10, 77)})
-    ids = rows(4)[1]["input_ids"][None]
-    with pytest.raises(ValueError, match="position_ids: got some"):
-        training_loss(trainer, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(10)[None]})
-    with pytest.raises(ValueError, match="labels: a batch has none"):
-        training_loss(trainer, {"input_ids": ids})
-    other = cache_teacher(other_vocabulary(), [{"input_ids": [1, 2]}], tmp_path / "other", progress=False)
-    with pytest.raises(ValueError, match="got a vocabulary of 32 tokens"):
-        trainer_of(tmp_path / "run", hybrid(), other)
