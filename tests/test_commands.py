@@ -104,7 +104,7 @@ def test_search(folders, tmp_path, capsys):
 
 SEARCH = ["search", "--model", "m", "--texts", "a", "--output_folder", "x"]
 ERRORS = {
-    "nothing": ([], "command: got nothing, allowed are demo, compose"),
+    "nothing": ([], "command: got nothing, allowed are demo, plan"),
     "unknown": (["merge"], "command: got 'merge'"),
     "option": (["demo", "--stpes", "3"], "--stpes"),
     "value": (["demo", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
@@ -237,7 +237,7 @@ def test_help_is_complete(command, capsys):
 
 def test_scripts_are_the_commands():
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-    names = ("compose", "train", "search", "discretize", "evaluate", "push", "verify")
+    names = ("plan", "build", "compose", "train", "search", "discretize", "evaluate", "push", "verify")
     commands = {"quickstart": "demo", "run_mad": "mad"} | {name: name for name in names}
     assert scripts.keys() == commands.keys()
     done = subprocess.run(

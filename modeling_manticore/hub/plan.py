@@ -12,7 +12,8 @@ from ..building.costs import DEFAULT_CONTEXT, Budget, CostTable, cost_table
 from ..building.discretize import merged, usable_paths
 from ..building.limits import best_choice, check_feasible
 from ..building.partial import ComponentPart
-from ..configuration_manticore import ManticoreConfig, path_name
+from ..cache_manticore import path_name
+from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Projector
 from ..tasks.text import BUILT_IN
 from .component_facts import ComponentFacts, component_facts
