@@ -138,7 +138,7 @@ def test_what_stays_behind(tmp_path):
 def trained(hub, tmp_path, strategy, **options):
     from modeling_manticore import ManticoreTrainer, ManticoreTrainingArguments
 
-    repo = f"tester/trained-{strategy}"
+    repo = options.pop("hub_model_id", f"tester/trained-{strategy}")
     args = ManticoreTrainingArguments(
         output_dir=str(tmp_path / strategy),
         stage="finetune",
@@ -183,8 +183,8 @@ def test_training_survives_a_push_that_does_not_get_through(online, tmp_path, mo
     warned = []
     monkeypatch.setattr("modeling_manticore.search.publishing.logger.warning", warned.append)
     monkeypatch.setattr(push_folder, "__kwdefaults__", push_folder.__kwdefaults__ | {"patience": 4.0})
-    online.faults.add("drop", "POST /api/models/tester/trained-every_save/commit/main")
-    trainer, _ = trained(online, tmp_path / "again", "every_save", save_total_limit=1)
+    online.faults.add("drop", "POST /api/models/tester/unreachable/commit/main")  # a repository that has nothing yet
+    trainer, _ = trained(online, tmp_path, "every_save", save_total_limit=1, hub_model_id="tester/unreachable")
     assert trainer.state.global_step == 2 and len(warned) == 2
     assert "step 1 was not pushed, training goes on" in warned[0] and TOKEN not in "".join(warned)
 
