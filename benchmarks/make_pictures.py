@@ -1,4 +1,4 @@
-"""Draw the pictures in docs/: a supernet and one discretized hybrid of it, as the README shows them. Needs no weights."""
+"""Draw the pictures in docs/ that the README shows: a supernet and one discretized hybrid of it. Needs no weights."""
 
 from pathlib import Path
 
