@@ -149,13 +149,6 @@ def shut(monkeypatch):
     logging.set_verbosity_warning()
 
 
-def test_mutated_configurations(shut):
-    accepted, refused = run(400, seed=0)
-    assert accepted > 20 and refused > 200
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_five_thousand_mutated_configurations(shut):
     accepted, refused = run(5000, seed=1)
     assert accepted > 250 and refused > 2500
