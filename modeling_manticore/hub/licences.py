@@ -151,8 +151,8 @@ def _combined(components: Sequence[str | None]) -> tuple[str | None, str | None]
 
 
 def _begins(name: str, prefix: str) -> bool:
-    squeeze = lambda text: re.sub(r"[\s_-]", "", text).lower()  # noqa: E731
-    return squeeze(name).startswith(squeeze(prefix))
+    name, prefix = (re.sub(r"[\s_-]", "", text).lower() for text in (name, prefix))
+    return name.startswith(prefix)
 
 
 def licence_of_folder(folder: str | Path) -> str | None:
