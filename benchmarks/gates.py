@@ -162,7 +162,7 @@ def fit_with_positions(hybrid: PreTrainedModel, supernet: PreTrainedModel, rows:
     batches, plan = batches_of(rows, hybrid), junctions(hybrid.config)
     states = ComponentStates(hybrid.config, [supernet, hybrid])
     joined = [junction for junction in plan if junction.has_in[0]]
-    for problems, junction in zip(_bridge_steps(hybrid, plan, states), joined, strict=True):
+    for problems, junction in zip(_bridge_steps(hybrid, plan, states, ()), joined, strict=True):
         (problem,), target = problems, junction.targets[0]
         table = None
         if target.position[0] > 0 and hybrid.config.components[target.component].model_type == "gpt2":
