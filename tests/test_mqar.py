@@ -80,7 +80,10 @@ def test_the_metric_reads_the_logits_before_the_answer():
 
 
 BAD = {
-    "length": ({"sequence_length": 31, "num_pairs": 8}, "sequence_length: got 31, allowed is an integer of at least 32"),
+    "length": (
+        {"sequence_length": 31, "num_pairs": 8},
+        "sequence_length: got 31, allowed is an integer of at least 32",
+    ),
     "odd": ({"sequence_length": 65}, "sequence_length: got 65, allowed is an even number"),
     "vocabulary": ({"vocab_size": 17}, "vocab_size: got 17, allowed is an integer of at least 18"),
     "large": ({"vocab_size": 2**17}, "vocab_size: got 131072, allowed is at most 65536"),
