@@ -1,4 +1,4 @@
-"""The completion mixture: every component's own text, equal in tokens, disjoint, repeatable, and fit for calibration."""
+"""The completion mixture: what every component writes, equal in tokens, disjoint, repeatable, fit for calibration."""
 
 from collections import Counter
 

@@ -1,6 +1,7 @@
 """The paper's fine-tuning sets from small local files in each set's real columns; splits; labels on answers only."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pyarrow
@@ -82,9 +83,51 @@ def test_real_columns(name, suffix, tmp_path):
         assert len(set.union(*contexts)) == sum(map(len, contexts)) == 20
 
 
-def test_all_sets_name_a_repository_of_data_files():
-    assert set(ROWS) == set(F.SETS)
-    assert F.SETS["penn-treebank"].revision == "refs/convert/parquet"
+def configurations(*names):
+    """The head of a README that names configurations by their folders."""
+    listed = [
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
+        for name, splits in names
+    ]
+    return "---\nconfigs:\n" + "".join(listed) + "---\n"
+
+
+# The files of the repositories on the Hub: rows by file, and the README where it says what is what.
+LAYOUTS = {
+    "penn-treebank": ({f"penn_treebank/{s}/0000.parquet": 20 for s in ("train", "validation", "test")}, None),
+    "alpaca": ({"data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": 40}, None),
+    "eli5": ({"pair/train-00000-of-00001.parquet": 40}, configurations(("pair", ["train"]))),
+    "natural-instructions": ({"train/task1_train.jsonl": 20, "test/task2_test.jsonl": 20}, None),
+    "mlqa": (
+        {
+            f"{name}/{s}-00000-of-00001.parquet": 20
+            for name in ("MLQA.en.de", "MLQA.en.en")
+            for s in ("test", "validation")
+        },
+        configurations(("MLQA.en.de", ["test", "validation"]), ("MLQA.en.en", ["test", "validation"])),
+    ),
+    "openorca": ({"1M-GPT4-Augmented.parquet": 20, "3_5M-GPT3_5-Augmented.parquet": 20}, None),
+}
+
+
+@pytest.mark.parametrize("name", F.SETS)
+def test_repositories_are_read_as_they_are_laid_out(name, tmp_path, monkeypatch):
+    files, readme = LAYOUTS[name]
+    for number, (file, count) in enumerate(files.items()):
+        write(tmp_path / file, [ROWS[name][0](i) for i in range(number * 100, number * 100 + count)])
+    if readme:
+        (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setitem(F.SETS, name, replace(F.SETS[name], repository=str(tmp_path)))
+    data = F.finetuning_set(name)
+    assert sum(map(len, data.values())) == (60 if name == "penn-treebank" else 40)
+    if name == "mlqa":
+        prompts = [prompt for split in data.values() for prompt in split["prompt"]]
+        assert min(int(prompt.split("Which ")[1].split("?")[0]) for prompt in prompts) == 200
+    if name == "natural-instructions":
+        assert len(data["test"]) == 20
+    if name == "penn-treebank":
+        assert [len(split) for split in data.values()] == [20, 20, 20]
 
 
 def test_splits_of_the_source_stay(tmp_path):
@@ -110,9 +153,8 @@ def test_files_by_split_and_empty_answers(tmp_path):
     assert [len(data[split]) for split in data] == [6, 1, 5]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_a_sample_of_a_large_set(tmp_path, suffix):
-    file = write(tmp_path / f"x{suffix}", [openorca(i) for i in range(50)])
+def test_a_sample_of_a_large_set(tmp_path):
+    file = write(tmp_path / "x.jsonl", [openorca(i) for i in range(50)])
     data = F.finetuning_set("openorca", file, max_rows=20, seed=2)
     assert sum(map(len, data.values())) == 20
     assert pairs(F.finetuning_set("openorca", file, max_rows=20, seed=2)["train"]) == pairs(data["train"])
@@ -121,8 +163,8 @@ def test_a_sample_of_a_large_set(tmp_path, suffix):
 
 def test_without_network_one_error_says_what_to_pass():
     message = (
-        r"name: 'alpaca' is tatsu-lab/alpaca on the Hub, which cannot be had \(.*\); pass local files with the columns "
-        r"instruction, input, output as files=\.\.\."
+        r"name: 'alpaca' is tatsu-lab/alpaca on the Hub, which cannot be had \(.*\); pass local files with the "
+        r"columns instruction, input, output as files=\.\.\."
     )
     with pytest.raises(ValueError, match=message):
         F.finetuning_set("alpaca")

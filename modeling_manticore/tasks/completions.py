@@ -69,7 +69,7 @@ def completion_mixture(
     tokenizer = tokenizers[0] if tokenizer is None else tokenizer
     rows: dict[str, list[tuple[int, list[int]]]] = {name: [] for name in counts}
     for place, component in enumerate(components):
-        model = AutoModelForCausalLM.from_pretrained(component) if isinstance(component, str) else component
+        model = _loaded(component) if isinstance(component, str) else component
         texts = _texts(model, tokenizers[place], prompts, new_tokens, batch_size, seed + place, sampling)
         for name, count in counts.items():
             rows[name] += [(place, row) for row in _rows(texts, tokenizer, count // len(components), length)]
@@ -124,6 +124,10 @@ def _tokenizers(
         if not isinstance(component, str):
             raise ValueError("tokenizers: got None with models in memory, allowed is a tokenizer for each component.")
     return [AutoTokenizer.from_pretrained(component) for component in components]
+
+
+def _loaded(component: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(component).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _texts(model, tokenizer, prompts, new_tokens, batch_size, seed, sampling):

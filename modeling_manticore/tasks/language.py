@@ -78,8 +78,9 @@ def pack_documents(
     Args:
         boundaries: "targets": documents follow each other without a gap, as in `text.pack`, and the first token of
             one is no target, since nothing before it says what it is. The model still sees the earlier documents of
-            its row. "rows": no row has tokens of two documents; the last row of each is padded. That is what it takes
-            for a state-space layer to forget: its state cannot be cut by position ids as attention can.
+            its row. "rows": no row has tokens of two documents; the last row of each is padded (a single token left
+            over, which nothing could predict, makes none). That is what it takes for a state-space layer to forget:
+            its state cannot be cut by position ids as attention can.
 
     Raises:
         ValueError: another value, no text, or not one full row ("targets").

@@ -221,8 +221,10 @@ def _cifar(file: Path) -> list[Example]:
 
 
 def _images(root: Path, names: list[str]) -> list[Example]:
-    from PIL import Image, UnidentifiedImageError
-
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("image_task: folders of images need Pillow, which is not installed.") from error
     examples = []
     for label, name in enumerate(names):
         files = [file for file in sorted((root / name).glob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
