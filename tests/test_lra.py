@@ -21,7 +21,7 @@ def contents(split):
 def check_splits(data, classes):
     parts = [contents(data[split]) for split in ("train", "validation", "test")]
     assert all(parts) and not set(parts[0]) & set(parts[1]) and not set(parts[0] + parts[1]) & set(parts[2])
-    assert all(split.features["labels"].num_classes == classes for split in data.values())
+    assert all(split.features["label"].num_classes == classes for split in data.values())
     assert min(min(row) for part in parts for row in part) >= 1
 
 
@@ -48,7 +48,7 @@ def test_cifar_is_read_as_grey(cifar):
     for row, record in zip(data["test"], batches[5]):
         picture = Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
         grey = np.asarray(picture.convert("L"), dtype=np.int64).ravel()
-        assert row["labels"] == record[0] and len(row["input_ids"]) == 1024
+        assert row["label"] == record[0] and len(row["input_ids"]) == 1024
         assert np.abs(np.array(row["input_ids"]) - 1 - grey).max() <= 1
     assert lra.image_task(root, seed=1)["train"][:] == data["train"][:]
     assert contents(lra.image_task(root, seed=2)["train"]) != contents(data["train"])
@@ -66,7 +66,7 @@ def test_folders_of_images(tmp_path):
     data = lra.image_task(tmp_path, validation=0.25)
     check_splits(data, 2)
     assert [len(data[split]) for split in data] == [18, 6, 6] and len(data["test"][0]["input_ids"]) == 20
-    assert data["test"][5]["labels"] == 1 and data["test"][5]["input_ids"] == (pixels.ravel().astype(int) + 1).tolist()
+    assert data["test"][5]["label"] == 1 and data["test"][5]["input_ids"] == (pixels.ravel().astype(int) + 1).tolist()
 
 
 def test_no_pickle_is_read(tmp_path):
@@ -89,7 +89,7 @@ def test_reviews_as_bytes(tmp_path):
     assert [len(data[split]) for split in data] == [17, 2, 20]
     for row in data["test"]:
         text = bytes(token - 1 for token in row["input_ids"])
-        assert len(text) == 100 and text.decode(errors="ignore").split()[1] == ("neg", "pos")[row["labels"]]
+        assert len(text) == 100 and text.decode(errors="ignore").split()[1] == ("neg", "pos")[row["label"]]
 
 
 def write_pairs(folder):
@@ -115,7 +115,7 @@ def test_pairs_of_papers(tmp_path):
         middle = row["input_ids"].index(lra.SEPARATOR)
         first = bytes(token - 1 for token in row["input_ids"][:middle]).decode()
         assert first == f'"test a {number}' + "a" * (40 - len(f'"test a {number}')) and middle == 40
-        assert len(row["input_ids"]) == 81 and row["labels"] == number % 2
+        assert len(row["input_ids"]) == 81 and row["label"] == number % 2
 
 
 def test_digits_standin(monkeypatch):
@@ -155,9 +155,7 @@ def test_snippets_standin(tmp_path, monkeypatch):
     data = lra.snippets_standin(sequence_length=17, cache=tmp_path)
     check_splits(data, 2)
     assert sum(map(len, data.values())) == 60 and len(data["test"]) == 12 and len(data["validation"]) == 6
-    texts = {
-        bytes(t - 1 for t in row["input_ids"]).decode(): row["labels"] for split in data.values() for row in split
-    }
+    texts = {bytes(t - 1 for t in row["input_ids"]).decode(): row["label"] for split in data.values() for row in split}
     assert texts["A film, number 3"] == 0 and texts["A film, number 5"] == 1 and "A film, number 4" not in texts
     assert lra.snippets_standin(sequence_length=17, cache=tmp_path)["test"][:] == data["test"][:]
     assert len(calls) == 1 and calls[0][-1] == "vaderSentiment==3.3.2"
@@ -175,7 +173,7 @@ def test_snippets_that_cannot_be_fetched(tmp_path, monkeypatch):
 
 
 def test_batches_are_padded_at_the_end():
-    batch = lra.collate([{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8], "labels": 0}])
+    batch = lra.collate([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["labels"].dtype == torch.long
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["labels"].tolist() == [1, 0]
 

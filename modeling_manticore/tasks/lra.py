@@ -2,10 +2,10 @@
 Image, Text and Retrieval of the Long Range Arena (arXiv 2011.04006) from the user's own copies of CIFAR-10, IMDB and
 AAN, and small built-in stand-ins, named so: scikit-learn's digits and movie snippets.
 
-Every function returns a `datasets.DatasetDict` of train, validation and test with columns input_ids (one sequence)
-and labels (a class). Tokens are a byte or a grey value plus 1, so that 0 is free for padding: it is the `pad_token_id`
-of a model that classifies sequences, and `collate` pads with it. `metric` is the accuracy beside the majority
-baseline.
+Every function returns a `datasets.DatasetDict` of train, validation and test with the columns input_ids (one
+sequence) and label (a class). Tokens are a byte or a grey value plus 1, so that 0 is free for padding: it is the
+`pad_token_id` of a model that classifies sequences, and `collate` pads with it. `metric` is the accuracy beside the
+majority baseline.
 """
 
 import csv
@@ -192,7 +192,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         size = len(row["input_ids"])
         input_ids[number, :size] = torch.as_tensor(row["input_ids"])
         mask[number, :size] = 1
-    labels = torch.tensor([int(row["labels"]) for row in rows])
+    labels = torch.tensor([int(row["label"]) for row in rows])
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
@@ -322,9 +322,9 @@ def _byte_datasets(splits: dict[str, list[Example]], names: Iterable[str]) -> "D
 def _datasets(splits: dict[str, list[tuple[list[int], int]]], names: Iterable[str]) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-    features = Features({"input_ids": List(Value("int64")), "labels": ClassLabel(names=list(names))})
+    features = Features({"input_ids": List(Value("int64")), "label": ClassLabel(names=list(names))})
     made = DatasetDict()
     for split in ("train", "validation", "test"):
         input_ids, labels = zip(*splits[split]) if splits[split] else ((), ())
-        made[split] = Dataset.from_dict({"input_ids": input_ids, "labels": labels}, features=features)
+        made[split] = Dataset.from_dict({"input_ids": input_ids, "label": labels}, features=features)
     return made

@@ -51,7 +51,7 @@ def classification_accuracy(
 
     Returns:
         `accuracy`; `low` and `high`, its 95 % interval over rows (Wilson's); `majority`, the baseline's accuracy;
-        `learned`, whether the interval is above it; and the numbers of `correct` predictions and of `rows`.
+        `learned`, whether the interval is above it; and the numbers of `correct` predictions and of `targets`.
 
     Raises:
         ValueError: the shapes do not fit, or there is no row.
@@ -78,7 +78,7 @@ def classification_accuracy(
         "majority": majority,
         "learned": low > majority,
         "correct": correct,
-        "rows": rows,
+        "targets": rows,
     }
 
 
