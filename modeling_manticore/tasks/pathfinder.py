@@ -25,8 +25,8 @@ LABEL_NAMES = ("not connected", "connected")
 # A dash is never as bright as a marker, which is a square of 3 pixels.
 DASH_LIGHT, MARKER_LIGHT = 208, 255
 SHORTEST_DISTRACTOR = 4
-# By so many pixels the markers' distances, from each other and from the centre, may differ between the two labels.
-TOLERANCE = 1.5
+# By so many pixels the distance of the markers, and that from the centre, may differ between the two labels.
+DISTANCE_TOLERANCE, CENTRE_TOLERANCE = 1.0, 1.5
 # Markers nearer than this would touch.
 LEAST_DISTANCE = 6.0
 # Images begun at a time, of 32 x 32. It is part of what a seed means, as VERSION is of what is kept.
@@ -41,7 +41,8 @@ class PathfinderSetting:
         image_size: pixels of a side; a row has image_size ** 2 tokens.
         curve_length: pixels along each of the two long curves.
         distractors: further curves of a third of that length.
-        dash, gap: pixels along a curve that are drawn, and that are left out before the next dash.
+        dash, gap: pixels along a curve that are drawn, one more or fewer at random where there are more than one, and
+            that are left out before the next dash.
     """
 
     image_size: int = 32
@@ -155,7 +156,7 @@ def make_chunk(setting: PathfinderSetting, draws: Draws) -> Rows:
         curves.append(curve)
         if number == 1:
             ends = np.stack([pixels_of(curve[:, place]) for curve in curves for place in (0, -1)], axis=1)
-            chosen, fits = _choices(ends, size, draws)
+            chosen, fits = _choices(ends, size, length, draws)
             kept &= fits
         elif number > 1:
             ends, chosen = ends[kept], chosen[kept]
@@ -180,7 +181,7 @@ def make_chunk(setting: PathfinderSetting, draws: Draws) -> Rows:
     return Rows(columns, np.full(rows, size**2), labels)
 
 
-def _choices(ends: np.ndarray, size: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+def _choices(ends: np.ndarray, size: int, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     """
     Three of the four ends (two of one long curve, two of the other): one, the other end of its curve, and an end of
     the other curve. The latter two are as far from the first end, and as far from the image's centre, as each other:
@@ -188,6 +189,7 @@ def _choices(ends: np.ndarray, size: int, draws: Draws) -> tuple[np.ndarray, np.
 
     Args:
         ends: pixels, (rows, 4, 2).
+        length: of the long curves.
 
     Returns:
         Their numbers, (rows, 3) int64, drawn among all that fit, and whether any do, (rows,) bool.
@@ -196,8 +198,9 @@ def _choices(ends: np.ndarray, size: int, draws: Draws) -> tuple[np.ndarray, np.
     one, same, other = (ends[:, triples[:, column]] for column in range(3))
     within, between = (_length(one - to) for to in (same, other))
     inner, outer = (_length(2 * to - (size - 1)) / 2 for to in (same, other))
-    fits = np.minimum(within, between) >= LEAST_DISTANCE
-    fits &= np.maximum(np.abs(within - between), np.abs(inner - outer)) <= TOLERANCE
+    # No distance is possible with one label only.
+    fits = (np.minimum(within, between) >= LEAST_DISTANCE) & (np.maximum(within, between) <= length - 1)
+    fits &= (np.abs(within - between) <= DISTANCE_TOLERANCE) & (np.abs(inner - outer) <= CENTRE_TOLERANCE)
     lots = np.where(fits, draws.raw(len(ends), len(triples)).astype(np.int64), -1)
     return triples[lots.argmax(axis=1)], fits.any(axis=1)
 
@@ -210,10 +213,16 @@ def _length(vectors: np.ndarray) -> np.ndarray:
 def _draw_dashed(images: np.ndarray, curve: np.ndarray, setting: PathfinderSetting, draws: Draws) -> None:
     """Add the dashes of curves, (rows, length, 2), that begin anywhere in their period; each has its own light."""
     rows, length, _ = curve.shape
-    period = setting.dash + setting.gap
-    at = np.arange(length) + draws.below(period, rows)[:, None]
-    lights = DASH_LIGHT - draws.below(DASH_LIGHT // 2, rows, length // period + 2).astype(np.int64)
-    light = np.where(at % period < setting.dash, np.take_along_axis(lights, at // period, axis=1), 0)
+    count = length // max(setting.dash - 1 + setting.gap, 1) + 2
+    # Dashes of varying length: where a curve begins in its period must not say where it ends.
+    dashes = np.full((rows, count), setting.dash)
+    if setting.dash > 1:
+        dashes += draws.below(3, rows, count) - 1
+    ends = np.cumsum(dashes + setting.gap, axis=1) - draws.below(setting.dash + setting.gap, rows)[:, None]
+    number = (np.arange(length)[:, None] >= ends[:, None]).sum(axis=2)
+    left = np.take_along_axis(ends, number, axis=1) - np.arange(length)
+    lights = DASH_LIGHT - draws.below(DASH_LIGHT // 2, rows, count).astype(np.int64)
+    light = np.where(left > setting.gap, np.take_along_axis(lights, number, axis=1), 0)
     draw(images, curve, light)
     # Half-way to the next place, where both are seen.
     draw(images, (curve[:, 1:] + curve[:, :-1]) // 2, np.minimum(light[:, 1:], light[:, :-1]) // 2)
