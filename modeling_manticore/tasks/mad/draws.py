@@ -11,14 +11,17 @@ class Draws:
     stays as it is, not that of the generator's methods, so only the raw output is used.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, stream: int = 0):
         """
+        Args:
+            stream: how many of PCG64's jumps (about 0.62 * 2**128 draws each) the numbers start after the seed's own.
+
         Raises:
             ValueError: the seed is no integer of at least 0.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed: got {seed!r}, allowed is an integer of at least 0.")
-        self.generator = np.random.Generator(np.random.PCG64(seed))
+        self.generator = np.random.Generator(np.random.PCG64(seed).jumped(stream))
 
     def raw(self, *shape: int, kind: str = "<u4") -> np.ndarray:
         """Uniform unsigned numbers; 64 bits of the generator give one or several, the lowest first."""
