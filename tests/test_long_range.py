@@ -9,7 +9,6 @@ from datasets import DatasetDict
 from long_range import best_threshold, connected_parts, listops_row, markers, parse, trace, trivial_statistics
 
 from modeling_manticore.tasks.curves import CLEARANCE
-from modeling_manticore.tasks.label_accuracy import label_accuracy
 from modeling_manticore.tasks.listops import (
     VOCABULARY,
     ListOpsSetting,
@@ -270,16 +269,3 @@ def test_bad_input(task, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         task(**{"cache": tmp_path} | changes)
     assert not list(tmp_path.iterdir())
-
-
-def test_label_accuracy():
-    labels = np.array([1, 1, 0, 2])
-    found = {"accuracy": 0.75, "correct": 3, "targets": 4, "majority": 0.5}
-    assert label_accuracy(np.array([1, 1, 0, 0]), labels) == found
-    assert label_accuracy(np.eye(3)[[1, 1, 0, 0]], labels) == found
-    with pytest.raises(ValueError, match=r"predictions, labels: got shapes \(3,\) and \(4,\)"):
-        label_accuracy(labels[:3], labels)
-
-    from modeling_manticore.tasks.evaluate_label_accuracy import LabelAccuracy
-
-    assert LabelAccuracy().compute(predictions=[1, 1, 0, 0], references=labels.tolist()) == found
