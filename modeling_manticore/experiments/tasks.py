@@ -1,0 +1,241 @@
+"""The tasks that an experiment may name. A task is a function that returns a `datasets.DatasetDict`, and a metric."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..tasks.mad.settings import SETTINGS
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+IGNORED = -100
+HEADS = ("tokens", "last_state", "sequence")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Attributes:
+        make: "module:function"; called with the options of the experiment file and `seed`, it returns a DatasetDict of
+            train, validation and test. Columns: input_ids, and `labels` of the same length (-100: not asked) or, with
+            the head "sequence", one `label` a row. Rows may differ in length.
+        metric: "module:function" of predictions and labels (rows, length) or (rows,), which returns a dictionary with
+            `accuracy`; predictions are the largest logits.
+        head: "tokens", a causal language model whose logits at i - 1 predict label i; "last_state", a decoder that
+            gives all labels from the state at the last token; "sequence", a classifier of that state.
+        measure: what is compared: "accuracy", or "loss" in nats (less is better).
+        fixed: options that belong to the name.
+        check: "module:function" that refuses bad options with a ValueError without making rows.
+    """
+
+    make: str
+    metric: str
+    head: str = "tokens"
+    measure: str = "accuracy"
+    fixed: dict[str, Any] = field(default_factory=dict)
+    check: str | None = None
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the measure is better."""
+        return self.measure == "accuracy"
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(name: str, task: Task) -> None:
+    """
+    Make a task known under a name. Its modules are imported when it is used.
+
+    Raises:
+        ValueError: the name is taken, or a field has a value that is not allowed.
+    """
+    if name in TASKS:
+        raise ValueError(f"name: got {name!r}, which is taken, allowed is a new name.")
+    if task.head not in HEADS:
+        raise ValueError(f"head: got {task.head!r}, allowed are {', '.join(map(repr, HEADS))}.")
+    if task.measure not in ("accuracy", "loss"):
+        raise ValueError(f"measure: got {task.measure!r}, allowed are 'accuracy' and 'loss'.")
+    TASKS[name] = task
+
+
+for _name in SETTINGS:
+    register(
+        f"mad/{_name}",
+        Task(
+            make="modeling_manticore.tasks.mad:mad",
+            metric=f"modeling_manticore.experiments.tasks:{'aligned' if _name == 'compression' else 'shifted'}_accuracy",
+            head="last_state" if _name == "compression" else "tokens",
+            fixed={"task": _name},
+            check="modeling_manticore.experiments.tasks:check_mad",
+        ),
+    )
+register(
+    "mqar",
+    Task("modeling_manticore.tasks.mqar:mqar", "modeling_manticore.experiments.tasks:shifted_accuracy"),
+)
+register(
+    "text",
+    Task(
+        make="modeling_manticore.experiments.text_rows:text_rows",
+        metric="modeling_manticore.experiments.tasks:shifted_accuracy",
+        measure="loss",
+        check="modeling_manticore.experiments.text_rows:check_text_rows",
+    ),
+)
+
+
+def resolve(path: str) -> Callable:
+    """
+    The function of "module:function".
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module, name = path.split(":")
+    try:
+        missing = find_spec(module) is None
+    except ModuleNotFoundError:
+        missing = True
+    if missing or not hasattr(import_module(module), name):
+        raise ValueError(f"task: it needs {path}, which this installation does not have.")
+    return getattr(import_module(module), name)
+
+
+def check_task(name: str, options: dict[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: an unknown task, one whose code is not installed, or options that it does not take.
+    """
+    if name not in TASKS:
+        raise ValueError(f"{where}.task: got {name!r}, allowed are {', '.join(TASKS)}.")
+    task = TASKS[name]
+    try:
+        make = resolve(task.make)
+        resolve(task.metric)
+        taken = {"seed", *task.fixed}
+        allowed = [n for n in inspect.signature(make).parameters if n not in taken]
+        for option in options:
+            if option not in allowed:
+                raise ValueError(f"options.{option}: there is no such option of {name!r}, allowed are {allowed}.")
+        if task.check is not None:
+            resolve(task.check)(**task.fixed, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+@cache
+def _made(name: str, options: tuple, seed: int) -> "DatasetDict":
+    task = TASKS[name]
+    data = resolve(task.make)(**task.fixed, **{key: _thawed(value) for key, value in options}, seed=seed)
+    missing = [split for split in SPLITS if split not in data]
+    if missing:
+        raise ValueError(f"task: {name!r} made no split {', '.join(missing)}.")
+    return data
+
+
+def data_of(name: str, options: dict[str, Any], seed: int) -> "DatasetDict":
+    """The splits of a task; those made last are kept in memory."""
+    if _made.cache_info().currsize > 8:
+        _made.cache_clear()
+    return _made(name, tuple(sorted((key, _frozen(value)) for key, value in options.items())), seed)
+
+
+def _frozen(value: Any) -> Any:
+    return ("list", *map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(map(_thawed, value[1:])) if isinstance(value, tuple) else value
+
+
+def labels_of(split, head: str) -> list:
+    """The labels of every row: a list of token ids, or one class."""
+    if head == "sequence":
+        return list(split["label"])
+    return list(split["labels"])
+
+
+def vocabulary_of(data: "DatasetDict", head: str, options: dict[str, Any]) -> int:
+    """One more than the largest token of any split, and no less than the option `vocab_size`."""
+    largest = options.get("vocab_size") or 1
+    for split in SPLITS:
+        columns = [data[split]["input_ids"]] + ([] if head == "sequence" else [data[split]["labels"]])
+        largest = max([largest, *(int(np.max(row)) + 1 for column in columns for row in column if len(row))])
+    return largest
+
+
+def longest_row(data: "DatasetDict") -> int:
+    """Tokens of the longest row of any split."""
+    return max(len(row) for split in SPLITS for row in data[split]["input_ids"])
+
+
+def majority_share(data: "DatasetDict", head: str) -> float:
+    """Accuracy on the test split of always saying the label that is most frequent in training."""
+    counted = []
+    for split in ("train", "test"):
+        rows = labels_of(data[split], head)
+        labels = np.asarray(rows) if head == "sequence" else np.concatenate([np.asarray(row) for row in rows])
+        counted.append(labels[labels != IGNORED])
+    train, test = counted
+    return float(np.mean(test == np.bincount(train).argmax()))
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """
+    Rows of any length -> input_ids (rows, longest) padded at the end with 0, labels likewise with -100 or (rows,), and
+    an attention_mask where a row is padded.
+    """
+    rows = [torch.as_tensor(example["input_ids"]) for example in examples]
+    lengths = torch.tensor([len(row) for row in rows])
+    batch = {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+    if "label" in examples[0]:
+        batch["labels"] = torch.tensor([int(example["label"]) for example in examples])
+    else:
+        labels = [torch.as_tensor(example["labels"]) for example in examples]
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    if int(lengths.min()) < int(lengths.max()):
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch
+
+
+def shifted_accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of labels (rows, length) that the prediction one place before is equal to."""
+    from ..tasks.mad import token_accuracy
+
+    return token_accuracy(predictions, labels)
+
+
+def aligned_accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of labels (rows, length) that the prediction at the same place is equal to."""
+    from ..tasks.mad import token_accuracy
+
+    return token_accuracy(predictions, labels, shift=False)
+
+
+def class_accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of rows whose class (rows,) is predicted."""
+    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(labels)))}
+
+
+def check_mad(task: str, validation_rows: int = 1, test_rows: int = 1, **fields: Any) -> None:
+    """
+    Raises:
+        ValueError: as `setting_of`, or too few rows for evaluation.
+    """
+    from ..tasks.mad.settings import require_integer, setting_of
+
+    require_integer("validation_rows", validation_rows, 1)
+    require_integer("test_rows", test_rows, 1)
+    setting_of(task, **fields)
