@@ -89,8 +89,8 @@ def alternating_config(families: list[PreTrainedConfig], state_space_first: bool
     """
     Layers of two components in turn, one a block, each component's own in order: attention, state space, attention,
     ... (striped), or beginning with the state space (MambaFormer: a Mamba layer in the place of positions, then
-    attention and Mamba in turn). Both configurations have as many layers as the hybrid, so that none ends in the middle
-    of it with its final norm; only layers that are used exist.
+    attention and Mamba in turn). Both configurations have as many layers as the hybrid, so that none ends in the
+    middle of it with its final norm; only layers that are used exist.
 
     Args:
         families: the attention component and the state space, of one depth.

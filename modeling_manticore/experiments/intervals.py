@@ -59,8 +59,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 def sign_flip_p(differences: Sequence[float]) -> float | None:
     """
-    Two-sided p of "the differences are symmetric around 0": the share of the 2^n sign patterns whose |mean| is at least
-    the one found. None with fewer than 6 differences, where no p can be small.
+    Two-sided p of "the differences are symmetric around 0": the share of the 2^n sign patterns whose |mean| is at
+    least the one found. None with fewer than 6 differences, where no p can be small.
 
     Raises:
         ValueError: more than 16 differences.

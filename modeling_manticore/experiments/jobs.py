@@ -76,16 +76,17 @@ class Chain:
         settings: dict[str, Any] = {}
         if model.kind == "discretized":
             layout = next(other for other in self.models if other.name == model.of)
-            settings |= {"supernet": _nameless(layout), "choice": finished[model.of, seed]["choice"]}
+            found = "choice" if model.max_attention_blocks is None else "weights"
+            settings |= {"supernet": nameless(layout), found: finished[model.of, seed][found]}
         if model.kind == "same_parameters":
             settings["parameters"] = finished[model.of, seed]["parameters"]
         settings |= {
             "version": __version__,
-            "model": _nameless(model) | {"of": None if model.of is None else "of"},
+            "model": nameless(model) | {"of": None if model.of is None else "of"},
             "families": experiment.families_of(layout),
-            "task": _nameless(self.task),
+            "task": nameless(self.task),
             "shape": asdict(experiment.shape),
-            "training": _run_fields(training),
+            "training": run_fields(training),
             "learning_rate": rate,
             "seed": seed,
             "steps": min(training.tuning_steps, training.steps) if phase == TUNING else training.steps,
@@ -94,11 +95,13 @@ class Chain:
         return Job(model.name, self.task.name, phase, settings)
 
 
-def _nameless(entry: ModelEntry | TaskEntry) -> dict[str, Any]:
+def nameless(entry: ModelEntry | TaskEntry) -> dict[str, Any]:
+    """An entry as plain values, without its name in the tables."""
     return {key: value for key, value in asdict(entry).items() if key != "name"}
 
 
-def _run_fields(training: Training) -> dict[str, Any]:
+def run_fields(training: Training) -> dict[str, Any]:
+    """What of the budget changes a single run; the rest is of the grid."""
     return {name: getattr(training, name) for name in RUN_FIELDS}
 
 

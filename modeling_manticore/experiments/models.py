@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .. import ManticoreForCausalLM, calibrate, discretize
+from .. import Budget, ManticoreForCausalLM, calibrate, cost_table, discretize
 from ..building.discretize import usable_paths
+from ..building.limits import argmax_under
 from ..search.stages import mixture_modules
 from ..tasks.mad.decoder import CompressionModel
 from .architectures import (
@@ -16,6 +17,7 @@ from .architectures import (
     alternating_config,
     chosen_config,
     component_config,
+    on_meta,
     sized_component,
     supernet_config,
 )
@@ -32,7 +34,8 @@ class Request:
         entry: the model's row in the experiment file; of a discretized hybrid the `supernet` it was searched in, too.
         families: of a hybrid from scratch.
         head: of the task, see `Task`.
-        choice: of a discretized hybrid, the path of every block.
+        choice: of a discretized hybrid, the path of every block; set by `build` where it follows from `weights`.
+        weights: of a search, for the best choice within `max_attention_blocks`.
         parameters: of "same_parameters".
         rows: (rows, length) token ids for calibrating a pretrained hybrid.
     """
@@ -45,6 +48,7 @@ class Request:
     families: list[str]
     supernet: ModelEntry | None = None
     choice: list[int] | None = None
+    weights: list[list[float]] | None = None
     parameters: int | None = None
     rows: torch.Tensor | None = None
 
@@ -132,9 +136,14 @@ def _pretrained_supernet(request: Request) -> PreTrainedModel:
 
 def _discretized(request: Request) -> nn.Module:
     """Built anew: nothing of the search is left but its choice."""
+    supernet = _pretrained_supernet(request) if request.layout.sources else on_meta(_supernet_config(request))
+    if request.choice is None:
+        budget = Budget(max_attention_blocks=request.entry.max_attention_blocks)
+        points = [torch.tensor(point) for point in request.weights]
+        request.choice = argmax_under(cost_table(supernet), points, budget, usable_paths(supernet))
     if request.layout.sources:
-        return discretize(_pretrained_supernet(request), request.choice, request.rows, progress=False)
-    return _headed(chosen_config(_supernet_config(request), request.choice), request)
+        return discretize(supernet, request.choice, request.rows, progress=False)
+    return _headed(chosen_config(supernet.config, request.choice), request)
 
 
 def _mixture(request: Request) -> nn.Module:

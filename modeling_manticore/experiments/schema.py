@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..configuration_manticore import GATES
 from ..hub.checked import checked, read
 from ..hub.recipe_schema import some_text
 from ..hub.safe_yaml import read_yaml
@@ -18,7 +19,7 @@ MOST_STEPS = 10**7
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "component": (("family",), ("hidden_size", "layers")),
     "searched": ((), ("families", "sources", "blocks", "gate", "hidden_size", "layers")),
-    "discretized": (("of",), ()),
+    "discretized": (("of",), ("max_attention_blocks",)),
     "mixture": (("weights",), ("families", "sources", "blocks", "gate", "hidden_size", "layers")),
     "mambaformer": ((), ("families", "hidden_size", "layers")),
     "striped": ((), ("families", "hidden_size", "layers")),
@@ -75,7 +76,8 @@ class ModelEntry:
     sources: list[str] | None = checked(None, least=1, most=16, check=some_text)
     of: str | None = None
     weights: str | None = checked(None, choices=(None, "uniform", "random"))
-    gate: str | None = None
+    gate: str | None = checked(None, choices=(None, *GATES))
+    max_attention_blocks: int | None = checked(None, least=0, most=256)
     blocks: int | None = checked(None, least=1, most=256)
     hidden_size: int | None = checked(None, least=16, most=8192)
     layers: int | None = checked(None, least=1, most=256)
@@ -106,9 +108,10 @@ class ModelEntry:
 
 @dataclass
 class ExtraTest:
-    """A second test split, of the task with some options changed; the model is the trained one."""
+    """A further test split: another `split` of the task, or of the task with some options changed."""
 
     name: str = checked(check=some_text)
+    split: str = checked("test", check=some_text)
     options: dict[str, Any] = checked({})
 
 
@@ -197,8 +200,8 @@ class Claim:
 class Experiment:
     """
     One experiment. `output` is the folder of results, relative to the file. `learned_margin` is by how much the lower
-    end of a model's interval must exceed the majority baseline to count as learned. An experiment without models and
-    tasks only has claims on JSON files that other scripts wrote.
+    end of a model's interval must exceed the majority baseline to count as learned. One that is no `evidence` is in no
+    report unless named. An experiment without models and tasks has claims on JSON files that other scripts wrote.
     """
 
     name: str = checked(check=some_text)
@@ -206,6 +209,7 @@ class Experiment:
     description: str = ""
     output: str = checked("../results", check=some_text)
     workers: int = checked(2, least=1, most=256)
+    evidence: bool = True
     learned_margin: float = checked(0.02, least=0.0, most=1.0)
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)

@@ -70,26 +70,27 @@ def register(name: str, task: Task) -> None:
     TASKS[name] = task
 
 
+OWN = "modeling_manticore.experiments.tasks"
 for _name in SETTINGS:
     register(
         f"mad/{_name}",
         Task(
             make="modeling_manticore.tasks.mad:mad",
-            metric=f"modeling_manticore.experiments.tasks:{'aligned' if _name == 'compression' else 'shifted'}_accuracy",
+            metric=f"{OWN}:{'aligned' if _name == 'compression' else 'shifted'}_accuracy",
             head="last_state" if _name == "compression" else "tokens",
             fixed={"task": _name},
-            check="modeling_manticore.experiments.tasks:check_mad",
+            check=f"{OWN}:check_mad",
         ),
     )
 register(
     "mqar",
-    Task("modeling_manticore.tasks.mqar:mqar", "modeling_manticore.experiments.tasks:shifted_accuracy"),
+    Task("modeling_manticore.tasks.mqar:mqar", f"{OWN}:shifted_accuracy"),
 )
 register(
     "text",
     Task(
         make="modeling_manticore.experiments.text_rows:text_rows",
-        metric="modeling_manticore.experiments.tasks:shifted_accuracy",
+        metric=f"{OWN}:shifted_accuracy",
         measure="loss",
         check="modeling_manticore.experiments.text_rows:check_text_rows",
     ),

@@ -41,8 +41,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         plain values: `validation` and, unless the job only compares learning rates, `test` (accuracy and loss, nats),
-        `also_tested`; `majority`, the accuracy of the most frequent label; steps, tokens, parameters, FLOPs, seconds of
-        the clock and of the processor; mixture `weights` and `choice` of a search; versions and the commit.
+        `also_tested`; `majority`, the accuracy of the most frequent label; steps, tokens, parameters, FLOPs, seconds
+        of the clock and of the processor; mixture `weights` and `choice` of a search; versions and the commit.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
