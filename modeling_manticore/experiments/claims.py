@@ -28,7 +28,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     - "at_least": on enough columns the upper end of the interval of the paired difference model - rival is at least 0,
       and where the rival learned the task the model did too.
     - "better": on enough columns the lower end is above 0.
-    - "cache": as "at_least", and the model's cache bytes are at most `share` of the rival's.
+    - "cache": as "at_least", and the model's cache bytes are at most `share` of those of the component with most.
     - "number": a value in a JSON file of results is within its bounds.
 
     Columns that nobody learned are left out of the count. The claim is undecided while runs are missing, with one
@@ -59,7 +59,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
 
 
 def _is_ready(claim: Claim, results: Results, column: Column) -> bool:
-    rivals = [claim.against] if claim.against in results.models else results.components
+    named = claim.against in results.models and claim.test != "cache"
+    rivals = [claim.against] if named else results.components
     return bool(rivals) and all(results.is_complete(column, model) for model in (claim.model, *rivals))
 
 
@@ -78,9 +79,16 @@ def _better(claim: Claim, results: Results, column: Column) -> bool:
 
 
 def _cache(claim: Claim, results: Results, column: Column) -> bool:
-    rival = results.rival(column, claim.against)
-    own, other = (results.mean_of("cache_bytes_per_token", name, column.task) for name in (claim.model, rival))
-    return _at_least(claim, results, column) and own <= claim.share * other
+    own, most = _cache_bytes(claim, results, column)
+    return _at_least(claim, results, column) and own <= claim.share * most
+
+
+def _cache_bytes(claim: Claim, results: Results, column: Column) -> tuple[float, float]:
+    """Of the model, and of the component with most: one with a state of fixed size has none."""
+    own, *others = (
+        results.mean_of("cache_bytes_per_token", name, column.task) for name in (claim.model, *results.components)
+    )
+    return own, max(others)
 
 
 TESTS: dict[str, Callable[[Claim, Results, Column], bool]] = {
@@ -95,8 +103,8 @@ def _difference(claim: Claim, results: Results, column: Column) -> str:
     scale, unit = (100, "points") if column.greater_is_better else (1, "nats")
     text = f"{scale * found.mean:+.2f} ± {scale * found.half_width:.2f} {unit} against {rival}"
     if claim.test == "cache":
-        own, other = (results.mean_of("cache_bytes_per_token", name, column.task) for name in (claim.model, rival))
-        text += f" at {own:,.0f} against {other:,.0f} cache bytes a token"
+        own, most = _cache_bytes(claim, results, column)
+        text += f" at {own:,.0f} cache bytes a token (components: at most {most:,.0f})"
     return text
 
 

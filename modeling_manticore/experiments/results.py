@@ -163,6 +163,6 @@ class Results:
         return sorted({line["learning_rate"] for line in self.runs(task, model)})
 
     def choices(self, task: str, model: str) -> Counter:
-        """How often a search, or what was built by it, chose which paths, as digits."""
-        found = (line.get("choice") or line["settings"].get("choice") for line in self.runs(task, model))
+        """How often a search, or what was built by it, has which paths, as digits."""
+        found = (line.get("choice") for line in self.runs(task, model))
         return Counter("".join(map(str, choice)) for choice in found if choice)

@@ -54,8 +54,8 @@ def cost_table(results: Results) -> str:
 
 def choice_table(results: Results) -> str | None:
     """What the searches chose, a digit for every block; None without a search."""
-    kinds = {model.name: model for model in results.experiment.models}
-    searched = [name for name, model in kinds.items() if model.kind == "searched"]
+    models = results.experiment.models
+    searched = [m.name for m in models if m.kind == "searched" or m.max_attention_blocks is not None]
     if not searched:
         return None
     rows = []

@@ -9,13 +9,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import compute
 
 from ..tasks.mad.settings import SETTINGS
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 IGNORED = -100
 HEADS = ("tokens", "last_state", "sequence")
@@ -27,8 +29,8 @@ class Task:
     """
     Attributes:
         make: "module:function"; called with the options of the experiment file and `seed`, it returns a DatasetDict of
-            train, validation and test. Columns: input_ids, and `labels` of the same length (-100: not asked) or, with
-            the head "sequence", one `label` a row. Rows may differ in length.
+            train, validation and test, and others for `also_tested`. Columns: input_ids, and `labels` of the same
+            length (-100: not asked) or, with the head "sequence", one `label` a row. Rows may differ in length.
         metric: "module:function" of predictions and labels (rows, length) or (rows,), which returns a dictionary with
             `accuracy`; predictions are the largest logits.
         head: "tokens", a causal language model whose logits at i - 1 predict label i; "last_state", a decoder that
@@ -82,10 +84,17 @@ for _name in SETTINGS:
             check=f"{OWN}:check_mad",
         ),
     )
-register(
-    "mqar",
-    Task("modeling_manticore.tasks.mqar:mqar", f"{OWN}:shifted_accuracy"),
-)
+register("mqar", Task("modeling_manticore.tasks.mqar:mqar", f"{OWN}:shifted_accuracy"))
+for _name, _make in {
+    "listops": "listops:listops",
+    "pathfinder": "pathfinder:pathfinder",
+    "image": "lra:image_task",
+    "text-classification": "lra:text_task",
+    "retrieval": "lra:retrieval_task",
+    "digits-standin": "lra:digits_standin",
+    "snippets-standin": "lra:snippets_standin",
+}.items():
+    register(_name, Task(f"modeling_manticore.tasks.{_make}", f"{OWN}:class_accuracy", head="sequence"))
 register(
     "text",
     Task(
@@ -139,7 +148,9 @@ def check_task(name: str, options: dict[str, Any], where: str) -> None:
 @cache
 def _made(name: str, options: tuple, seed: int) -> "DatasetDict":
     task = TASKS[name]
-    data = resolve(task.make)(**task.fixed, **{key: _thawed(value) for key, value in options}, seed=seed)
+    make = resolve(task.make)
+    own = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+    data = make(**task.fixed, **{key: _thawed(value) for key, value in options}, **own)
     missing = [split for split in SPLITS if split not in data]
     if missing:
         raise ValueError(f"task: {name!r} made no split {', '.join(missing)}.")
@@ -147,7 +158,7 @@ def _made(name: str, options: tuple, seed: int) -> "DatasetDict":
 
 
 def data_of(name: str, options: dict[str, Any], seed: int) -> "DatasetDict":
-    """The splits of a task; those made last are kept in memory."""
+    """The splits of a task (a task that draws nothing has no `seed`); those made last are kept in memory."""
     if _made.cache_info().currsize > 8:
         _made.cache_clear()
     return _made(name, tuple(sorted((key, _frozen(value)) for key, value in options.items())), seed)
@@ -161,36 +172,34 @@ def _thawed(value: Any) -> Any:
     return list(map(_thawed, value[1:])) if isinstance(value, tuple) else value
 
 
-def labels_of(split, head: str) -> list:
-    """The labels of every row: a list of token ids, or one class."""
-    if head == "sequence":
-        return list(split["label"])
-    return list(split["labels"])
+def flat(split: "Dataset", name: str) -> np.ndarray:
+    """All entries of a column, of rows of any length one after the other."""
+    column = split.with_format("arrow")[:][name].combine_chunks()
+    return (column if pyarrow.types.is_integer(column.type) else column.flatten()).to_numpy(zero_copy_only=False)
+
+
+def longest(split: "Dataset") -> int:
+    """Tokens of the longest row."""
+    return compute.max(compute.list_value_length(split.with_format("arrow")[:]["input_ids"])).as_py()
 
 
 def vocabulary_of(data: "DatasetDict", head: str, options: dict[str, Any]) -> int:
     """One more than the largest token of any split, and no less than the option `vocab_size`."""
-    largest = options.get("vocab_size") or 1
-    for split in SPLITS:
-        columns = [data[split]["input_ids"]] + ([] if head == "sequence" else [data[split]["labels"]])
-        largest = max([largest, *(int(np.max(row)) + 1 for column in columns for row in column if len(row))])
-    return largest
+    columns = ["input_ids"] if head == "sequence" else ["input_ids", "labels"]
+    found = max(int(flat(data[split], column).max()) for split in data for column in columns) + 1
+    return max(found, options.get("vocab_size") or 1)
 
 
-def longest_row(data: "DatasetDict") -> int:
-    """Tokens of the longest row of any split."""
-    return max(len(row) for split in SPLITS for row in data[split]["input_ids"])
+def classes_of(data: "DatasetDict") -> int:
+    """One more than the largest label of any split."""
+    return max(int(flat(data[split], "label").max()) for split in data) + 1
 
 
-def majority_share(data: "DatasetDict", head: str) -> float:
-    """Accuracy on the test split of always saying the label that is most frequent in training."""
-    counted = []
-    for split in ("train", "test"):
-        rows = labels_of(data[split], head)
-        labels = np.asarray(rows) if head == "sequence" else np.concatenate([np.asarray(row) for row in rows])
-        counted.append(labels[labels != IGNORED])
-    train, test = counted
-    return float(np.mean(test == np.bincount(train).argmax()))
+def majority_share(train: "Dataset", test: "Dataset", head: str) -> float:
+    """Accuracy on the rows `test` of always saying the label that is most frequent in the rows `train`."""
+    column = "label" if head == "sequence" else "labels"
+    known, asked = (labels[labels != IGNORED] for labels in (flat(train, column), flat(test, column)))
+    return float(np.mean(asked == np.bincount(known).argmax()))
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ from .models import Request, build, choice_of, configs_of, hybrid_in
 from .schema import ModelEntry, Shape, TaskEntry, Training
 from .tasks import (
     TASKS,
+    classes_of,
     collate,
     data_of,
-    labels_of,
-    longest_row,
+    longest,
     majority_share,
     resolve,
     vocabulary_of,
@@ -51,22 +51,29 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     training = read(Training, settings["training"])
     kind = TASKS[task.task]
     data = data_of(task.task, task.options, settings["seed"])
-    extra = {test.name: data_of(task.task, task.options | test.options, settings["seed"]) for test in task.also_tested}
-    sizes = _sizes(kind.head, task, [data, *extra.values()])
-    model = build(_request(settings, sizes, kind.head, data, training))
+    seed = settings["seed"]
+    others = {test.name: data_of(task.task, task.options | test.options, seed) for test in task.also_tested}
+    request = _request(settings, _sizes(kind.head, task, [data, *others.values()]), kind.head, data, training)
+    model = build(request)
     trainer = _trainer(model, data, kind, training, settings)
     trainer.train()
     found = {"validation": _measured(trainer, data["validation"])}
     if settings["tested"]:
         found["test"] = _measured(trainer, data["test"])
-        found["also_tested"] = {name: _measured(trainer, splits["test"]) for name, splits in extra.items()}
-        found["also_majority"] = {name: majority_share(splits, kind.head) for name, splits in extra.items()}
-    found |= {"majority": majority_share(data, kind.head), "steps_done": trainer.state.global_step}
+        found["also_tested"], found["also_majority"] = {}, {}
+        for test in task.also_tested:
+            rows = others[test.name][test.split]
+            found["also_tested"][test.name] = _measured(trainer, rows)
+            found["also_majority"][test.name] = majority_share(data["train"], rows, kind.head)
+    found["majority"] = majority_share(data["train"], data["test"], kind.head)
+    found["steps_done"] = trainer.state.global_step
     found |= _costs(model, data, trainer.tokens)
     hybrid = hybrid_in(model)
     if hybrid is not None:
         found["weights"] = [point.tolist() for point in hybrid.eval().mixture_weights()]
         found["choice"] = choice_of(hybrid)
+    elif request.choice is not None:
+        found["choice"] = request.choice
     found |= {"wall_seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     return found | {"versions": _versions(), "git_commit": git_commit(), "threads": torch.get_num_threads()}
 
@@ -82,6 +89,7 @@ def _request(settings: dict, sizes: Sizes, head: str, data, training: Training) 
         families=settings["families"],
         supernet=None if supernet is None else read(ModelEntry, {"name": "supernet"} | supernet),
         choice=settings.get("choice"),
+        weights=settings.get("weights"),
         parameters=settings.get("parameters"),
         rows=_calibration_rows(settings, data, training),
     )
@@ -95,11 +103,9 @@ def _calibration_rows(settings: dict, data, training: Training) -> torch.Tensor 
 
 
 def _sizes(head: str, task: TaskEntry, parts: list) -> Sizes:
-    classes = 0
-    if head == "sequence":
-        classes = 1 + max(max(labels_of(data[split], head)) for data in parts for split in data)
+    classes = max(map(classes_of, parts)) if head == "sequence" else 0
     vocabulary = max(vocabulary_of(data, head, task.options) for data in parts)
-    return Sizes(vocabulary, max(map(longest_row, parts)), classes)
+    return Sizes(vocabulary, max(longest(data[split]) for data in parts for split in data), classes)
 
 
 def _trainer(model: nn.Module, data, kind, training: Training, settings: dict) -> "_CountingTrainer":
@@ -188,7 +194,7 @@ def _measured(trainer: Trainer, rows) -> dict[str, float]:
 
 
 def _costs(model: nn.Module, data, tokens: int) -> dict[str, int]:
-    context = longest_row(data)
+    context = longest(data["train"])
     parts = [costs_of(config, context) for config in configs_of(model)]
     found = {name: sum(part[name] for part in parts) for name in parts[0]}
     found |= {"context": context, "parameters": count(model), "tokens": tokens}
