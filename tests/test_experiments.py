@@ -206,7 +206,7 @@ def test_a_killed_grid_leaves_nothing_half_written_and_is_continued(tmp_path):
     file, cache = small(tmp_path, seeds="[0, 1, 2, 3]"), tmp_path / "cache"
     command = ["experiment", str(file), "--cache", str(cache), "--output", str(tmp_path / "out")]
     started = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *command],
+        [sys.executable, "-c", CHILD, *command, "--workers", "2"],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -128,6 +128,6 @@ def _number(claim: Claim, results: Results) -> Verdict:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{file}: {claim.path!r} is {type(value).__name__}, allowed is a number.")
     low, high = claim.at_least, claim.at_most
-    bounds = [f"at least {low:g}"] * (low is not None) + [f"at most {high:g}"] * (high is not None)
+    bounds = [f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None]
     holds = (low is None or value >= low) and (high is None or value <= high)
     return Verdict(holds, f"{value:.4g} (needed: {' and '.join(bounds)})")
