@@ -20,7 +20,7 @@ from modeling_manticore.experiments.architectures import (
 from modeling_manticore.experiments.heads import ClassificationModel, LogitEnsemble
 from modeling_manticore.experiments.models import BUILDERS, Request, build, choice_of, hybrid_in
 from modeling_manticore.experiments.schema import KINDS, ModelEntry, Shape, Training
-from modeling_manticore.experiments.tasks import Task, collate, data_of, majority_share, register, vocabulary_of
+from modeling_manticore.experiments.tasks import Task, collate, data_of, frequency_baseline, register, vocabulary_of
 from modeling_manticore.experiments.training import run
 
 
@@ -167,7 +167,7 @@ def test_a_run_learns_stops_early_and_says_what_it_took(toy_task):
     record = run(settings({"kind": "searched"}))
     assert record["test"]["accuracy"] == 1.0 and record["validation"]["accuracy"] >= 0.995
     assert record["steps_done"] < 40 and record["steps_done"] % 4 == 0
-    assert record["also_tested"].keys() == record["also_majority"].keys() == {"longer"}
+    assert record["also_tested"].keys() == record["also_baseline"].keys() == {"longer"}
     data = data_of("toy", {}, 0)
     # Batches hold rows of 4 and 5 tokens: all are padded to 5.
     assert record["tokens"] == record["steps_done"] * 8 * 5
@@ -176,7 +176,7 @@ def test_a_run_learns_stops_early_and_says_what_it_took(toy_task):
     assert record["choice"] == [int(a < b) for a, b in record["weights"]]
     labels = list(data["test"]["label"])
     most = np.bincount(data["train"]["label"]).argmax()
-    assert record["majority"] == np.mean([label == most for label in labels])
+    assert record["baseline"] == np.mean([label == most for label in labels])
     assert record["versions"]["torch"] == torch.__version__ and record["cpu_seconds"] > 0
 
 
@@ -208,14 +208,22 @@ def test_pretrained_models_are_continued_searched_and_joined(tmp_path):
     assert any(parameter.shape == given.shape and torch.equal(parameter, given) for parameter in own.values())
 
 
-def test_data_of_mad_and_the_most_frequent_label():
+def test_data_of_mad_and_a_guess_by_frequency():
     options = {"vocab_size": 16, "sequence_length": 8, "train_rows": 32, "validation_rows": 16, "test_rows": 16}
     data = data_of("mad/memorization", options, 0)
     assert vocabulary_of(data, "tokens", options) == 16
-    known = [x for row in data["train"]["labels"] for x in row if x >= 0]
-    asked = [x for row in data["test"]["labels"] for x in row if x >= 0]
-    most = np.bincount(known).argmax()
-    assert majority_share(data["train"], data["test"], "tokens") == np.mean([x == most for x in asked])
+    train = Dataset.from_dict({"input_ids": [[1, 5, 2, 6, 1, 5]], "labels": [[-100, -100, 5, 6, -100, 5]]})
+    ids = [[1, 6, 2, 6, 3, 5, 4, 6], [1, 5, 2, 6, 3, 6, 4, 5]]
+    labels = [[-100] * 5 + [5, -100, 6], [-100] * 7 + [5]]
+    test = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    # Before the three answers 6, 6 and 6 were the most frequent of {5, 6}: one is right. Always 5 gets two right.
+    assert frequency_baseline(train, test, "tokens") == pytest.approx(2 / 3)
+    labels[0][5] = 6
+    test = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    assert frequency_baseline(train, test, "tokens") == pytest.approx(2 / 3)
+    labels[1][7] = 6
+    test = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    assert frequency_baseline(train, test, "tokens") == 1.0
 
 
 def test_a_task_of_a_name_that_is_taken_is_refused():

@@ -42,7 +42,7 @@ def lines_of(experiment, accuracies: dict[str, dict[str, float]], validation: di
                 lines.append(
                     {
                         **{"model": model.name, "task": task.name, "phase": "final", "seed": seed, "steps": 4},
-                        **{"digest": f"{task.name}{model.name}{seed}", "learning_rate": 1e-2, "majority": 0.25},
+                        **{"digest": f"{task.name}{model.name}{seed}", "learning_rate": 1e-2, "baseline": 0.25},
                         **{"validation": {"accuracy": seen, "loss": 1 - seen}, "also_tested": {}},
                         **{"test": {"accuracy": accuracy, "loss": 1 - accuracy}, "parameters": 1000, "tokens": 640},
                         **{"cache_bytes_per_token": {"Mamba-2": 0, "Manticore discretized": 256}.get(model.name, 512)},
@@ -172,7 +172,7 @@ def test_tables_have_means_intervals_and_p(tmp_path):
     measured = measured_table(results).splitlines()
     expected = interval([0.8 + noise for noise in FREE[1]])
     assert f"| Mamba-2 | {100 * expected.mean:.1f} ± {100 * expected.half_width:.1f} |" in measured[3]
-    assert measured[3].endswith("not learned |") and measured[-1] == "| *most frequent label* | 25.0 | 25.0 |"
+    assert measured[3].endswith("not learned |") and measured[-1] == "| *guess by frequency* | 25.0 | 25.0 |"
     differences = difference_table(results).splitlines()
     assert differences[2].startswith("| *best component* | Mamba-2 | ")
     assert "p = 0.031" in differences[-1] and differences[-1].endswith("| - |")

@@ -12,7 +12,7 @@ SALT = "manticore"  # of the identifiers in the file, so that equal results give
 
 
 def draw(results: Results, file: Path) -> None:
-    """Write an SVG: one panel a column, models below each other, the majority baseline as a dashed line."""
+    """Write an SVG: one panel a column, models below each other, the frequency baseline as a dashed line."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -35,9 +35,9 @@ def draw(results: Results, file: Path) -> None:
                 panel.errorbar(scale * found.mean, place, xerr=half, fmt="o", color=f"C{place % 10}", capsize=3)
                 values = [scale * value for value in results.values(column, model).values()]
                 panel.plot(values, [place] * len(values), "|", color="0.4", markersize=6)
-            majority = results.majority(column)
-            if majority is not None:
-                panel.axvline(scale * majority, color="0.6", linestyle="--", linewidth=1)
+            guess = results.baseline(column)
+            if guess is not None:
+                panel.axvline(scale * guess, color="0.6", linestyle="--", linewidth=1)
             panel.set_title(column.name)
             panel.set_xlabel("accuracy, %" if column.greater_is_better else "loss, nats")
         for row in panels:

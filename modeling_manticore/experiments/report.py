@@ -60,7 +60,7 @@ def section(results: Results, folder: Path | None) -> str:
         left_out = [column.name for column in results.columns if not results.learned_by_anyone(column)]
         if left_out:
             parts.append(
-                f"Learned by nobody (no model's interval is above the majority baseline by {_margin(experiment)}), "
+                f"Learned by nobody (no model's interval is above the frequency baseline by {_margin(experiment)}), "
                 f"and so left out of every count: {', '.join(left_out)}."
             )
         if folder is not None:

@@ -94,24 +94,24 @@ class Results:
         values = list(self.values(column, model).values())
         return interval(values) if values else None
 
-    def majority(self, column: Column) -> float | None:
-        """Test accuracy of the most frequent label, mean over seeds (their data differ); None for losses."""
+    def baseline(self, column: Column) -> float | None:
+        """Test accuracy of a guess by frequency, mean over seeds (their data differ); None for losses."""
         if not column.greater_is_better:
             return None
         by_seed = {}
         for model in self.models:
             for line in self.runs(column.task, model):
-                of_split = line["majority"] if column.extra is None else line["also_majority"][column.extra]
+                of_split = line["baseline"] if column.extra is None else line["also_baseline"][column.extra]
                 by_seed[line["seed"]] = of_split
         return sum(by_seed.values()) / len(by_seed) if by_seed else None
 
     def learned(self, column: Column, model: str) -> bool:
-        """Whether the lower end of the model's interval is above the majority baseline and the margin; losses: yes."""
+        """Whether the lower end of the model's interval is above the baseline and the margin; for losses: yes."""
         found = self.interval(column, model)
         if found is None or not column.greater_is_better:
             return found is not None
         low = found.mean if found.half_width is None else found.low
-        return low > self.majority(column) + self.experiment.learned_margin
+        return low > self.baseline(column) + self.experiment.learned_margin
 
     def learned_by_anyone(self, column: Column) -> bool:
         """Whether some model learned the task; else it is left out of every count."""

@@ -200,8 +200,8 @@ class Claim:
 class Experiment:
     """
     One experiment. `output` is the folder of results, relative to the file. `learned_margin` is by how much the lower
-    end of a model's interval must exceed the majority baseline to count as learned. One that is no `evidence` is in no
-    report unless named. An experiment without models and tasks has claims on JSON files that other scripts wrote.
+    end of a model's interval must exceed the guess by frequency to count as learned. One that is no `evidence` is in
+    no report unless named. An experiment without models and tasks has claims on JSON files that other scripts wrote.
     """
 
     name: str = checked(check=some_text)

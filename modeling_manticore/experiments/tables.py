@@ -12,11 +12,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def measured_table(results: Results) -> str:
-    """Mean and 95 % t-interval over seeds: models x columns, with the majority baseline below."""
+    """Mean and 95 % t-interval over seeds: models x columns, with the frequency baseline below."""
     rows = [[model, *(_measured(results, column, model) for column in results.columns)] for model in results.models]
-    baselines = [results.majority(column) for column in results.columns]
+    baselines = [results.baseline(column) for column in results.columns]
     if any(value is not None for value in baselines):
-        rows.append(["*most frequent label*", *("-" if v is None else f"{100 * v:.1f}" for v in baselines)])
+        rows.append(["*guess by frequency*", *("-" if v is None else f"{100 * v:.1f}" for v in baselines)])
     return table(["", *map(_head, results.columns)], rows)
 
 

@@ -24,8 +24,8 @@ from .tasks import (
     classes_of,
     collate,
     data_of,
+    frequency_baseline,
     longest,
-    majority_share,
     resolve,
     vocabulary_of,
 )
@@ -41,8 +41,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         plain values: `validation` and, unless the job only compares learning rates, `test` (accuracy and loss, nats),
-        `also_tested`; `majority`, the accuracy of the most frequent label; steps, tokens, parameters, FLOPs, seconds
-        of the clock and of the processor; mixture `weights` and `choice` of a search; versions and the commit.
+        `also_tested`; `baseline`, the accuracy of a guess by frequency; steps, tokens, parameters, FLOPs, seconds of
+        the clock and of the processor; mixture `weights` and `choice` of a search; versions and the commit.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -60,12 +60,12 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     found = {"validation": _measured(trainer, data["validation"])}
     if settings["tested"]:
         found["test"] = _measured(trainer, data["test"])
-        found["also_tested"], found["also_majority"] = {}, {}
+        found["also_tested"], found["also_baseline"] = {}, {}
         for test in task.also_tested:
             rows = others[test.name][test.split]
             found["also_tested"][test.name] = _measured(trainer, rows)
-            found["also_majority"][test.name] = majority_share(data["train"], rows, kind.head)
-    found["majority"] = majority_share(data["train"], data["test"], kind.head)
+            found["also_baseline"][test.name] = frequency_baseline(data["train"], rows, kind.head)
+    found["baseline"] = frequency_baseline(data["train"], data["test"], kind.head)
     found["steps_done"] = trainer.state.global_step
     found |= _costs(model, data, trainer.tokens)
     hybrid = hybrid_in(model)
