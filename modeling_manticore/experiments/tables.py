@@ -40,15 +40,23 @@ def difference_table(results: Results) -> str:
 
 def cost_table(results: Results) -> str:
     """What every model costs, means over tasks and seeds, and its learning rates."""
-    head = ["", "parameters", "forward FLOPs a token", "KV bytes a token", "tokens seen", "CPU s a run", "rates"]
+    head = [
+        "",
+        "parameters",
+        "forward FLOPs a token",
+        "KV bytes a token",
+        "tokens seen",
+        "and in its search",
+        "CPU s a run",
+        "rates",
+    ]
     rows = []
-    for model in results.models:
-        numbers = [
-            results.mean_of(name, model)
-            for name in ("parameters", "flops_per_token", "cache_bytes_per_token", "tokens", "cpu_seconds")
-        ]
+    for model in results.experiment.models:
+        fields = ("parameters", "flops_per_token", "cache_bytes_per_token", "tokens", "cpu_seconds")
+        numbers = [results.mean_of(name, model.name) for name in fields]
+        numbers.insert(4, results.mean_of("tokens", model.of) if model.kind == "discretized" else None)
         cells = ["-" if value is None else number(round(value)) for value in numbers]
-        rows.append([model, *cells, _rates(results, model)])
+        rows.append([model.name, *cells, _rates(results, model.name)])
     return table(head, rows)
 
 
