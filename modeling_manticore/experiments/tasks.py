@@ -30,7 +30,8 @@ class Task:
     Attributes:
         make: "module:function"; called with the options of the experiment file and `seed`, it returns a DatasetDict of
             train, validation and test, and others for `also_tested`. Columns: input_ids, and `labels` of the same
-            length (-100: not asked) or, with the head "sequence", one `label` a row. Rows may differ in length.
+            length (-100: not asked) or, with the head "sequence", one `label` or `labels` a row. Rows may differ in
+            length.
         metric: "module:function" of predictions and labels (rows, length) or (rows,), which returns a dictionary with
             `accuracy`; predictions are the largest logits.
         head: "tokens", a causal language model whose logits at i - 1 predict label i; "last_state", a decoder that
@@ -178,6 +179,11 @@ def flat(split: "Dataset", name: str) -> np.ndarray:
     return (column if pyarrow.types.is_integer(column.type) else column.flatten()).to_numpy(zero_copy_only=False)
 
 
+def label_column(split: "Dataset") -> str:
+    """`label` where there is one, else `labels`."""
+    return "label" if "label" in split.column_names else "labels"
+
+
 def longest(split: "Dataset") -> int:
     """Tokens of the longest row."""
     return compute.max(compute.list_value_length(split.with_format("arrow")[:]["input_ids"])).as_py()
@@ -192,7 +198,7 @@ def vocabulary_of(data: "DatasetDict", head: str, options: dict[str, Any]) -> in
 
 def classes_of(data: "DatasetDict") -> int:
     """One more than the largest label of any split."""
-    return max(int(flat(data[split], "label").max()) for split in data) + 1
+    return max(int(flat(rows, label_column(rows)).max()) for rows in data.values()) + 1
 
 
 def frequency_baseline(train: "Dataset", test: "Dataset", head: str) -> float:
@@ -201,7 +207,7 @@ def frequency_baseline(train: "Dataset", test: "Dataset", head: str) -> float:
     `train` or, if that is more, at every place the token that was most frequent in the row before it, of those that
     are labels. In recall the latter is what a model learns first: which values a row has, and not yet whose they are.
     """
-    column = "label" if head == "sequence" else "labels"
+    column = label_column(train)
     known, asked = (labels[labels != IGNORED] for labels in (flat(train, column), flat(test, column)))
     always = float(np.mean(asked == np.bincount(known).argmax()))
     if head == "sequence":
@@ -226,13 +232,14 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     Rows of any length -> input_ids (rows, longest) padded at the end with 0, labels likewise with -100 or (rows,), and
     an attention_mask where a row is padded.
     """
-    rows = [torch.as_tensor(example["input_ids"]) for example in examples]
+    column = "label" if "label" in examples[0] else "labels"
+    rows = [torch.as_tensor(example["input_ids"]).long() for example in examples]
     lengths = torch.tensor([len(row) for row in rows])
     batch = {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
-    if "label" in examples[0]:
-        batch["labels"] = torch.tensor([int(example["label"]) for example in examples])
+    labels = [torch.as_tensor(example[column]).long() for example in examples]
+    if labels[0].ndim == 0:
+        batch["labels"] = torch.stack(labels)
     else:
-        labels = [torch.as_tensor(example["labels"]) for example in examples]
         batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     if int(lengths.min()) < int(lengths.max()):
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
