@@ -14,8 +14,6 @@ from modeling_manticore.experiments.architectures import (
     Sizes,
     component_config,
     costs_of,
-    on_meta,
-    sized_component,
 )
 from modeling_manticore.experiments.heads import ClassificationModel, LogitEnsemble
 from modeling_manticore.experiments.models import BUILDERS, Request, build, choice_of, hybrid_in
@@ -84,13 +82,16 @@ def test_mixtures_keep_their_weights():
         assert flags == {trains}
 
 
+@pytest.mark.parametrize("head", ["tokens", "last_state", "sequence"])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "mamba2"])
-def test_a_component_of_so_many_parameters(family):
-    wanted = count(on_meta(component_config("gpt_neox", SHAPE, SIZES))) + 9_000
-    found = count(on_meta(sized_component(family, SHAPE, SIZES, wanted, None)))
+def test_a_component_of_so_many_parameters(family, head):
+    sizes = Sizes(16, 16, 3 if head == "sequence" else 0)
+    wanted = count(build(request("component", head, family="gpt_neox", sizes=sizes))) + 9_000
+    own = {"family": family, "of": "other", "sizes": sizes}
+    found = count(build(request("same_parameters", head, parameters=wanted, **own)))
     assert abs(found - wanted) <= 0.02 * wanted
     with pytest.raises(ValueError, match="same_parameters: got 100 parameters"):
-        sized_component(family, SHAPE, SIZES, 100, None)
+        build(request("same_parameters", head, parameters=100, **own))
 
 
 def test_costs_of_a_component_and_of_a_supernet():

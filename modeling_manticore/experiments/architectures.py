@@ -1,5 +1,6 @@
 """Configurations of models from scratch: components, hybrids by hand, supernets, and what a search chose of one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, Mamba2Config, PreTrainedConfig
 
 from .. import ManticoreConfig, ManticoreForCausalLM
-from ..building.costs import count, running_flops
+from ..building.costs import running_flops
 from ..building.discretize import merged
 from ..cache_manticore import cache_bytes
 from .schema import ATTENTION, Shape
@@ -65,10 +66,20 @@ def component_config(
     return Mamba2Config(**shared | state_space | changes)
 
 
-def sized_component(family: str, shape: Shape, sizes: Sizes, parameters: int, layers: int | None) -> PreTrainedConfig:
+def sized_component(
+    family: str,
+    shape: Shape,
+    sizes: Sizes,
+    parameters: int,
+    layers: int | None,
+    parameters_of: Callable[[PreTrainedConfig], int],
+) -> PreTrainedConfig:
     """
     A component with as nearly so many parameters as its inner width allows: of the feed-forward part in attention
     families, of the state in Mamba-2. The number of parameters is affine in it, so two counts give it.
+
+    Args:
+        parameters_of: counts those of the task's model with a configuration.
 
     Raises:
         ValueError: with an inner width of 8 it still has more than 1.05 times as many.
@@ -78,7 +89,7 @@ def sized_component(family: str, shape: Shape, sizes: Sizes, parameters: int, la
     def made(inner: int) -> PreTrainedConfig:
         return component_config(family, shape, sizes, layers=layers, **{knob: inner})
 
-    first, second = (count(on_meta(made(inner))) for inner in (8, 16))
+    first, second = (parameters_of(made(inner)) for inner in (8, 16))
     inner = max(8, round(8 + (parameters - first) * 8 / (second - first)))
     if first > 1.05 * parameters:
         raise ValueError(f"same_parameters: got {parameters} parameters, the smallest {family!r} here has {first}.")

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .. import Budget, ManticoreForCausalLM, calibrate, cost_table, discretize
+from ..building.costs import count
 from ..building.discretize import usable_paths
 from ..building.limits import argmax_under
 from ..search.stages import mixture_modules
@@ -167,7 +168,14 @@ def _alternating(request: Request) -> nn.Module:
 
 def _same_parameters(request: Request) -> nn.Module:
     entry = request.entry
-    config = sized_component(entry.family, request.shape, request.sizes, request.parameters, entry.layers)
+
+    def parameters_of(config: PreTrainedConfig) -> int:
+        with torch.device("meta"):
+            return count(_headed(config, request))
+
+    config = sized_component(
+        entry.family, request.shape, request.sizes, request.parameters, entry.layers, parameters_of
+    )
     return _headed(config, request)
 
 
