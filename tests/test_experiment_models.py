@@ -19,7 +19,9 @@ from modeling_manticore.experiments.heads import ClassificationModel, LogitEnsem
 from modeling_manticore.experiments.models import BUILDERS, Request, build, choice_of, hybrid_in
 from modeling_manticore.experiments.schema import KINDS, ModelEntry, Shape, Training
 from modeling_manticore.experiments.tasks import Task, collate, data_of, frequency_baseline, register, vocabulary_of
+from modeling_manticore.experiments.text_rows import check_text_rows
 from modeling_manticore.experiments.training import run
+from modeling_manticore.tasks.text import help_topics, train_tokenizer
 
 
 SHAPE = Shape(hidden_size=32, layers=4, blocks=4, head_size=16, state_size=8, chunk_size=8)
@@ -207,6 +209,31 @@ def test_pretrained_models_are_continued_searched_and_joined(tmp_path):
     own = dict(hybrid.named_parameters())
     given = continued.gpt_neox.layers[0].attention.query_key_value.weight
     assert any(parameter.shape == given.shape and torch.equal(parameter, given) for parameter in own.values())
+
+
+def test_pretrained_models_on_text(tmp_path):
+    tokenizer = train_tokenizer(help_topics()[:5], 300)
+    folders = [tmp_path / "first-0", tmp_path / "second-0"]
+    for folder, family in zip(folders, FAMILIES):
+        config = component_config(family, SHAPE, Sizes(len(tokenizer), 16), layers=2)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    options = {"texts": ["topics"], "tokenizer": str(folders[0]), "row_length": 16, "characters": 60_000}
+    options |= {"train_rows": 24, "validation_rows": 8, "test_rows": 8}
+    first, second = (data_of("text", options, seed) for seed in (0, 1))
+    assert first["test"][:] == second["test"][:] and first["train"][:] != second["train"][:]
+    assert not set(map(tuple, first["train"]["input_ids"])) & set(map(tuple, first["test"]["input_ids"]))
+    sources = [str(tmp_path / "first-{seed}"), str(tmp_path / "second-{seed}")]
+    changes = {"task": {"task": "text", "options": options, "also_tested": []}, "steps": 2, "learning_rate": 1e-3}
+    ensemble = run(settings({"kind": "ensemble", "sources": sources}, **changes))
+    single = run(settings({"kind": "continued", "source": sources[0]}, **changes))
+    searched = run(settings({"kind": "searched", "sources": sources, "blocks": 2}, **changes))
+    assert ensemble["parameters"] > single["parameters"] and ensemble["flops_per_token"] > single["flops_per_token"]
+    for record in (ensemble, single, searched):
+        assert record["steps_done"] == 2 and record["tokens"] == 2 * 8 * 16
+        assert 3.0 < record["test"]["loss"] < 8.0
+    with pytest.raises(ValueError, match="texts: got 'nowhere'"):
+        check_text_rows(["nowhere"], "tokenizer")
 
 
 def test_data_of_mad_and_a_guess_by_frequency():

@@ -22,7 +22,7 @@ class Column:
     @property
     def name(self) -> str:
         """In tables."""
-        return self.task if self.extra is None else f"{self.task}, {self.extra}"
+        return self.task if self.extra is None else f"{self.task} ({self.extra})"
 
 
 class Results:
