@@ -173,9 +173,26 @@ def test_shards_together_are_the_whole(untrained, tmp_path):
 def test_shard_of_a_job_array_and_of_a_launcher():
     assert shard_from("2/4", {}) == (2, 4)
     assert shard_from(None, {"RANK": "1", "WORLD_SIZE": "4"}) == (2, 4) and shard_from(None, {}) == (1, 1)
+    assert shard_from(None, {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}) == (1, 3)
+    assert shard_from("2/4", {"RANK": "0", "WORLD_SIZE": "9"}) == (2, 4)
     for given in ("0/4", "5/4", "1", "a/b", "1/0"):
         with pytest.raises(ValueError, match="shard: got"):
             shard_from(given, {})
+
+
+def test_runs_know_nothing_of_a_launcher(untrained, monkeypatch, tmp_path):
+    seen = []
+
+    def run(settings):
+        seen.append({name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")})
+        return fake_run(settings)
+
+    monkeypatch.setattr("modeling_manticore.experiments.training.run", run)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "5")):
+        monkeypatch.setenv(name, value)
+    run_experiment(smoke(tmp_path), shard=(1, 8), cache=tmp_path / "cache", progress=False)
+    assert seen and all(entry == {"RANK": None, "WORLD_SIZE": None, "OMP_NUM_THREADS": "1"} for entry in seen)
+    assert (os.environ["RANK"], os.environ["OMP_NUM_THREADS"]) == ("1", "5")
 
 
 def test_a_failed_run_ends_the_grid_with_its_name_and_keeps_the_others(monkeypatch, tmp_path):

@@ -8,6 +8,10 @@ from pathlib import Path
 from .parsing import parse_options, require
 
 
+# Rank and number of processes as torchrun (and accelerate on GPUs), Open MPI, and MPICH and Intel MPI tell them.
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+
+
 @dataclass
 class ExperimentOptions:
     experiment: str = field(
@@ -19,8 +23,8 @@ class ExperimentOptions:
     shard: str | None = field(
         default=None,
         metadata={
-            "help": "i/n: only the i-th of n parts of the grid, for a job array. Under accelerate launch and torchrun "
-            "every process takes its own part without it."
+            "help": "i/n: only the i-th of n parts of the grid, for a job array. Processes of torchrun, mpirun and "
+            "accelerate launch take their own parts without it."
         },
     )
     cache: str | None = field(
@@ -70,13 +74,16 @@ def experiment_first(arguments: list[str]) -> list[str]:
 
 def shard_from(given: str | None, environment) -> tuple[int, int]:
     """
-    (i, n) of "i/n", else of a launcher's RANK and WORLD_SIZE, else (1, 1).
+    (i, n) of "i/n", else of a launcher's rank and number of processes in the environment, else (1, 1).
 
     Raises:
         ValueError: it is something else.
     """
     if given is None:
-        return int(environment.get("RANK", 0)) + 1, int(environment.get("WORLD_SIZE", 1))
+        for rank, size in LAUNCHERS:
+            if rank in environment and size in environment:
+                return int(environment[rank]) + 1, int(environment[size])
+        return 1, 1
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", given)
     require(
         found is not None and 1 <= int(found[1]) <= int(found[2]),

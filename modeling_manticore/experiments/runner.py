@@ -20,7 +20,12 @@ from .tasks import TASKS
 
 
 # What launchers set: the processes of a grid are independent, none may wait for another's.
-DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DISTRIBUTED = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+DEVICES = "CUDA_VISIBLE_DEVICES"
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -263,9 +268,12 @@ def _answer(settings: dict) -> tuple[dict | None, str | None]:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """One thread a process, and nothing of a launcher; as before afterwards."""
-    names = (*DISTRIBUTED, *THREADS)
+    """One thread a process, of a launcher nothing but the process's own GPU; as before afterwards."""
+    names = (*DISTRIBUTED, *THREADS, DEVICES)
     before = {name: os.environ[name] for name in names if name in os.environ}
+    if "LOCAL_RANK" in before and torch.cuda.device_count() > 1:
+        local, devices = int(before["LOCAL_RANK"]), before.get(DEVICES, "").split(",")
+        os.environ[DEVICES] = devices[local % len(devices)] or str(local % torch.cuda.device_count())
     for name in DISTRIBUTED:
         os.environ.pop(name, None)
     os.environ.update(THREADS)
