@@ -14,7 +14,7 @@ MOST_FLIPS = 2**16
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its two-sided 95 % interval; None with one value, infinite is never returned."""
+    """The mean of n values and half the width of its two-sided 95 % interval, None with one value."""
 
     mean: float
     half_width: float | None

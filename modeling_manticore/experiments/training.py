@@ -55,16 +55,17 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     others = {test.name: data_of(task.task, task.options | test.options, seed) for test in task.also_tested}
     request = _request(settings, _sizes(kind.head, task, [data, *others.values()]), kind.head, data, training)
     model = build(request)
-    trainer = _trainer(model, data, kind, training, settings)
-    trainer.train()
-    found = {"validation": _measured(trainer, data["validation"])}
-    if settings["tested"]:
-        found["test"] = _measured(trainer, data["test"])
-        found["also_tested"], found["also_baseline"] = {}, {}
-        for test in task.also_tested:
-            rows = others[test.name][test.split]
-            found["also_tested"][test.name] = _measured(trainer, rows)
-            found["also_baseline"][test.name] = frequency_baseline(data["train"], rows, kind.head)
+    with tempfile.TemporaryDirectory(prefix="manticore-run-") as folder:
+        trainer = _trainer(model, data, kind, training, settings, folder)
+        trainer.train()
+        found = {"validation": _measured(trainer, data["validation"])}
+        if settings["tested"]:
+            found["test"] = _measured(trainer, data["test"])
+            found["also_tested"], found["also_baseline"] = {}, {}
+            for test in task.also_tested:
+                rows = others[test.name][test.split]
+                found["also_tested"][test.name] = _measured(trainer, rows)
+                found["also_baseline"][test.name] = frequency_baseline(data["train"], rows, kind.head)
     found["baseline"] = frequency_baseline(data["train"], data["test"], kind.head)
     found["steps_done"] = trainer.state.global_step
     found |= _costs(model, data, trainer.tokens)
@@ -108,30 +109,29 @@ def _sizes(head: str, task: TaskEntry, parts: list) -> Sizes:
     return Sizes(vocabulary, max(longest(data[split]) for data in parts for split in data), classes)
 
 
-def _trainer(model: nn.Module, data, kind, training: Training, settings: dict) -> "_CountingTrainer":
+def _trainer(model: nn.Module, data, kind, training: Training, settings: dict, folder: str) -> "_CountingTrainer":
     metric = resolve(kind.metric)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.batch_size,
-            max_steps=settings["steps"],
-            learning_rate=settings["learning_rate"],
-            weight_decay=training.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=training.warmup_steps,
-            eval_strategy="steps",
-            eval_steps=training.eval_steps,
-            seed=settings["seed"],
-            label_names=["labels"],
-            remove_unused_columns=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        weight_decay=training.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        seed=settings["seed"],
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     stopped = kind.measure == "accuracy" and training.stop_at is not None
     trainer = _CountingTrainer(
         model,
