@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY_TO_RUN := $(VENV)/.ready-to-run
 READY_TO_TEST := $(VENV)/.ready-to-test
+BENCHMARKS := $(notdir $(basename $(wildcard benchmarks/experiments/*.yaml benchmarks/[a-z]*.py)))
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test lint format bench clean
@@ -33,8 +34,17 @@ format: $(READY_TO_TEST)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# All benchmark scripts, or with NAME one experiment (benchmarks/experiments/NAME.yaml) or script (benchmarks/NAME.py).
 bench: $(READY_TO_TEST)
+ifdef NAME
+	@test -f benchmarks/experiments/$(NAME).yaml -o -f benchmarks/$(NAME).py \
+		|| { echo "NAME: got $(NAME), allowed are $(sort $(BENCHMARKS))" >&2; exit 2; }
+	if test -f benchmarks/experiments/$(NAME).yaml; then \
+		$(BIN)/manticore experiment benchmarks/experiments/$(NAME).yaml && $(BIN)/manticore report; \
+	else $(BIN)/python benchmarks/$(NAME).py; fi
+else
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+endif
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

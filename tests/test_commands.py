@@ -237,8 +237,10 @@ def test_help_is_complete(command, capsys):
 
 def test_scripts_are_the_commands():
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-    names = ("plan", "build", "compose", "train", "search", "discretize", "evaluate", "push", "verify")
-    commands = {"quickstart": "demo", "run_mad": "mad"} | {name: name for name in names}
+    names = ("plan", "build", "compose", "train", "search", "discretize", "evaluate", "push", "verify", "report")
+    commands = {"quickstart": "demo", "run_mad": "mad", "run_experiment": "experiment"} | {
+        name: name for name in names
+    }
     assert scripts.keys() == commands.keys()
     done = subprocess.run(
         [sys.executable, scripts["quickstart"], "--help"], capture_output=True, text=True, timeout=120, check=True

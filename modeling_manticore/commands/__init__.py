@@ -13,6 +13,8 @@ COMMANDS = {
     "search": "find the best discrete hybrid, without training or by gradient, under limits on its cost",
     "discretize": "keep one path per block of a saved supernet, with fitted bridges, save it",
     "mad": "train small models, or a small hybrid, on the six synthetic tasks of MAD, and measure them",
+    "experiment": "run a grid of models, tasks, learning rates and seeds in parallel; what is finished is skipped",
+    "report": "tables with intervals, pictures, and what holds of what was claimed, out of the runs of experiments",
     "push": "push a saved hybrid to the Hub, with its code and card, in one commit",
     "verify": "compare the code that travels with a hybrid with the installed release",
     "evaluate": "loss, perplexity and next-token accuracy of a saved model on texts",

@@ -1,0 +1,1 @@
+"""Grids of models, tasks, learning rates and seeds: run in parallel, cached by content, reported with intervals."""
