@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .configuration_manticore import ManticoreConfig
+from .scan_manticore import use_own_scan
 
 
 # Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
@@ -331,6 +332,7 @@ def correct_layer(layer: nn.Module, family: str) -> None:
         if hasattr(owner, child_name):
             owner.register_forward_pre_hook(functools.partial(_note_padding, note), with_kwargs=True)
             getattr(owner, child_name).register_forward_hook(functools.partial(_zero_padding, note))
+    use_own_scan(layer)
     for mixer in layer.modules():
         limits = getattr(mixer, "time_step_limit", None)
         if limits is None or tuple(limits) == (0.0, float("inf")):

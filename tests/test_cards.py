@@ -118,9 +118,9 @@ def test_mixture_weights_of_a_supernet_and_of_a_report(supernet, hybrid):
         render_card(hybrid, recipe=UNSURE, report=3)
 
 
-def test_the_template_names_the_five_files():
-    five = {f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "slicing")}
-    assert set(re.findall(r"`(\w+\.py)`", template_file().read_text())) == five
+def test_the_template_names_the_files_of_code():
+    names = ("cache", "configuration", "mixing", "modeling", "scan", "slicing")
+    assert set(re.findall(r"`(\w+\.py)`", template_file().read_text())) == {f"{name}_manticore.py" for name in names}
 
 
 BAD_RESULTS = {

@@ -19,7 +19,7 @@ from modeling_manticore.hub.card_check import check_card
 
 
 ROOT = Path(__file__).parents[1]
-FIVE = {"cache", "configuration", "mixing", "modeling", "slicing"}
+CARRIED = {"cache", "configuration", "mixing", "modeling", "scan", "slicing"}
 
 
 def run(command, folder, timeout=900, **environment):
@@ -62,7 +62,7 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path):
     (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {f"modeling_manticore/{name}_manticore.py" for name in FIVE} <= set(names)
+    assert {f"modeling_manticore/{name}_manticore.py" for name in CARRIED} <= set(names)
     assert "modeling_manticore/hub_configs/demo.yaml" in names and "modeling_manticore/model_cards/hybrid.md" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "scripts/")) for name in names)
     with tarfile.open(source) as archive:

@@ -16,6 +16,7 @@ CODE = {
     "configuration_manticore.py",
     "mixing_manticore.py",
     "modeling_manticore.py",
+    "scan_manticore.py",
     "slicing_manticore.py",
 }
 

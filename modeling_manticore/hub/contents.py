@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 
-FIVE = tuple(f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "slicing"))
+CARRIED = tuple(f"{n}_manticore.py" for n in ("cache", "configuration", "mixing", "modeling", "scan", "slicing"))
 PICKLES = (".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 KINDS = "bpe cff csv gif jinja jpeg jpg json jsonl md model pdf png safetensors svg tiktoken txt vocab webp yaml yml"
 ALLOWED = {f".{kind}" for kind in KINDS.split(" ")}
@@ -37,7 +37,7 @@ def is_pickle_name(path: str) -> bool:
 
 def sorted_out(folder: Path, recursive: bool = False) -> tuple[dict[str, Path], list[str]]:
     """
-    ({path in the repository: file}, names that stay here) of a folder. Code other than the five files, pickles,
+    ({path in the repository: file}, names that stay here) of a folder. Code other than the files, pickles,
     hidden files, the run's own state and kinds of files that a model repository has no use for stay here.
 
     Raises:
@@ -49,7 +49,7 @@ def sorted_out(folder: Path, recursive: bool = False) -> tuple[dict[str, Path], 
         if path.is_dir():
             continue
         parts = PurePosixPath(name).parts
-        code = path.suffix == ".py" and name in FIVE
+        code = path.suffix == ".py" and name in CARRIED
         plain = path.suffix.lower() in ALLOWED or path.name.split(".")[0] in ALLOWED_NAMES
         hidden = any(part.startswith((".", "_")) for part in parts)
         if not path.is_file() or hidden or path.name in RUN_FILES or is_pickle_name(name) or not (code or plain):

@@ -1,5 +1,5 @@
 """
-Which release wrote a checkpoint: `manticore_version` and `manticore_files`, the SHA-256 of the five files that travel
+Which release wrote a checkpoint: `manticore_version` and `manticore_files`, the SHA-256 of the files that travel
 with it, stand in its configuration. `verify` compares them with the files in a repository and with this release.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .contents import FIVE, is_pickle_name
+from .contents import CARRIED, is_pickle_name
 from .staging import remove_stale
 from .transfer import call
 
@@ -32,8 +32,8 @@ PACKAGE = Path(__file__).parents[1]
 
 @functools.cache
 def installed_files() -> dict[str, str]:
-    """{name: SHA-256} of the five files of this release."""
-    return {name: hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest() for name in FIVE}
+    """{name: SHA-256} of those files of this release."""
+    return {name: hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest() for name in CARRIED}
 
 
 def stamp(config: PreTrainedConfig) -> None:
@@ -122,7 +122,7 @@ def _problems(folder: Path, names: list[str], config: dict):
         stated = {}
     elif version != __version__:
         yield f"it was written by modeling_manticore {version}, installed is {__version__}; install that one."
-    for name in FIVE:
+    for name in CARRIED:
         if name not in names:
             yield f"{name} is missing."
             continue
@@ -132,14 +132,14 @@ def _problems(folder: Path, names: list[str], config: dict):
         if found != installed_files()[name] and version == __version__:
             yield f"{name} differs from that of the installed release."
     for name in names:
-        if name.endswith(".py") and name not in FIVE:
+        if name.endswith(".py") and name not in CARRIED:
             yield f"{name} is code that no release puts there."
     for name in names:
         if is_pickle_name(name):
             yield f"{name} is of a kind that may hold pickled code."
     for where, value in _auto_maps(config, ""):
         targets = value.values() if isinstance(value, dict) else [value]
-        if where or not all(isinstance(t, str) and f"{t.split('.')[0]}.py" in FIVE for t in targets):
+        if where or not all(isinstance(t, str) and f"{t.split('.')[0]}.py" in CARRIED for t in targets):
             yield f"auto_map{f' in {where}' if where else ''} points at other code: {value}."
 
 

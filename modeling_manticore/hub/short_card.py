@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .contents import FIVE
+from .contents import CARRIED
 
 
 TAGS = ("manticore", "hybrid", "custom_code")
@@ -48,7 +48,7 @@ def short_card(repo_id: str, files: dict[str, Path], tags: list[str]) -> str:
         for k, (source, revision) in enumerate(sources)
     ]
     auto = "AutoModelForCausalLM" if kind == "ManticoreForCausalLM" else kind.replace("Manticore", "AutoModel", 1)
-    code = ", ".join(f"`{name}`" for name in FIVE)
+    code = ", ".join(f"`{name}`" for name in CARRIED)
     return f"""---
 {data.to_yaml()}
 ---

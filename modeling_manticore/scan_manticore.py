@@ -1,0 +1,180 @@
+"""
+The selective scan of Mamba-1 on a CPU without kernels: in chunks of time that stay in the processor's cache, with a
+backward pass of its own that computes states again instead of keeping them.
+
+The families' own loop takes time that grows with the square of the tokens in its backward pass. Only mixers of a
+hybrid get this scan, by a subclass; other models in the process keep their own.
+"""
+
+import importlib.util
+import inspect
+import types
+
+import torch
+from torch import nn
+
+
+FAMILY_SCAN = "mamba_selective_scan"  # what the mixers of mamba, falcon_mamba and jamba call by this name
+CACHED_NUMBERS = 2**18  # of a chunk's (tokens, batch, state, channels)
+LONGEST_CHUNK = 64
+
+
+def selective_scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    initial_state: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = (C_t h_t + D x_t) silu(z_t)  (Mamba, arXiv 2312.00752, section 3).
+
+    States and sums are float32 whatever comes in (float64 when `hidden_states` are float64).
+
+    Args:
+        hidden_states, dt, z: x and its time steps and gate, (batch, channels, tokens). `delta_bias` (channels,) is
+            added to the time steps, then their softplus taken with `delta_softplus`.
+        A: (channels, state). B, C: (batch, state, tokens). D: (channels,).
+        initial_state: h before the first token, (batch, channels, state); zeros where None.
+        kwargs: switches of the families' own scan between ways of computing the same; they change nothing here.
+
+    Returns:
+        y, (batch, channels, tokens), of the states' dtype; with `return_last_state` also the state after the last
+        token, (batch, channels, state).
+    """
+    kind = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[..., None]
+    if delta_softplus:
+        dt = nn.functional.softplus(dt)
+    if initial_state is None:
+        initial_state = A.new_zeros(len(dt), A.shape[1], A.shape[0], dtype=kind)
+    else:
+        initial_state = initial_state.mT.to(kind)
+    # Time first, channels last: a step of the recurrence is one contiguous piece, and so is every innermost loop.
+    x, steps, B, C = (part.permute(2, 0, 1).to(kind).contiguous() for part in (hidden_states, dt, B, C))
+    y, state = _Scan.apply(x, steps, A.mT.to(kind).contiguous(), B, C, initial_state.contiguous())
+    y = y.permute(1, 2, 0)
+    if D is not None:
+        y = y + hidden_states * D[:, None]
+    if z is not None:
+        y = y * nn.functional.silu(z)
+    return (y, state.mT) if return_last_state else y
+
+
+class _Scan(torch.autograd.Function):
+    """x, steps (T, batch, D), A (N, D), B, C (T, batch, N), state (batch, N, D) -> y (T, batch, D), last state."""
+
+    @staticmethod
+    def forward(ctx, x, steps, A, B, C, state):
+        ctx.chunk = max(1, min(LONGEST_CHUNK, CACHED_NUMBERS // max(state.numel(), 1)))
+        y, borders = torch.empty_like(x), []
+        with torch.autocast(x.device.type, enabled=False):
+            for now in _chunks(len(x), ctx.chunk):
+                borders.append(state)
+                states = _states(x[now], steps[now], A, B[now], state)[1]
+                torch.matmul(C[now].unsqueeze(-2), states, out=y[now].unsqueeze(-2))
+                state = states[-1].clone()
+        ctx.save_for_backward(x, steps, A, B, C, *borders)
+        return y, state if borders else state.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_state):
+        x, steps, A, B, C, *borders = ctx.saved_tensors
+        grads = [torch.empty_like(part) for part in (x, steps, B, C)]
+        grad_x, grad_steps, grad_B, grad_C = grads
+        grad_A, carry = torch.zeros_like(A), grad_state
+        with torch.autocast(x.device.type, enabled=False):
+            for now, border in reversed(list(zip(_chunks(len(x), ctx.chunk), borders))):
+                decay, states = _states(x[now], steps[now], A, B[now], border)
+                dy = grad_y[now].contiguous()
+                torch.matmul(states, dy.unsqueeze(-1), out=grad_C[now].unsqueeze(-1))
+                flow = C[now].unsqueeze(-1) * dy.unsqueeze(-2)  # becomes d loss / d state
+                flow[-1] += carry
+                flows, decays = flow.unbind(0), decay.unbind(0)
+                for t in range(len(flows) - 1, 0, -1):
+                    flows[t - 1].addcmul_(decays[t], flows[t])
+                carry = decays[0] * flows[0]
+                torch.matmul(flow, (steps[now] * x[now]).unsqueeze(-1), out=grad_B[now].unsqueeze(-1))
+                drive = torch.matmul(B[now].unsqueeze(-2), flow).squeeze(-2)  # d loss / d (dt x)
+                torch.mul(drive, steps[now], out=grad_x[now])
+                decay *= flow  # becomes d loss / d (dt A)
+                decay[1:] *= states[:-1]
+                decay[0] *= border
+                torch.sum(decay * A, -2, out=grad_steps[now])
+                grad_steps[now].addcmul_(drive, x[now])
+                grad_A += torch.sum(decay.mul_(steps[now].unsqueeze(-2)), (0, 1))
+        return grad_x, grad_steps, grad_A, grad_B, grad_C, carry
+
+
+def _chunks(tokens: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+
+
+def _states(x, steps, A, B, state) -> tuple[torch.Tensor, torch.Tensor]:
+    """(decay, states) of a chunk, (T, batch, N, D) each; `state` is that before it."""
+    decay = torch.mul(steps.unsqueeze(-2), A).exp_()
+    states = B.unsqueeze(-1) * (steps * x).unsqueeze(-2)
+    for a, following in zip(decay.unbind(0), states.unbind(0)):
+        state = following.addcmul_(a, state)
+    return decay, states
+
+
+_SUBCLASSES: dict[type, type] = {}
+
+
+def use_own_scan(layer: nn.Module) -> None:
+    """
+    Let the mixers of a layer whose forward calls a `mamba_selective_scan` use this module's scan for tensors on a
+    CPU, unless the package mamba-ssm is installed. On other devices, with `use_mambapy`, and while a graph is being
+    captured the family's own runs.
+    """
+    if importlib.util.find_spec("mamba_ssm") is None:
+        for mixer in layer.modules():
+            kind = type(mixer)
+            if FAMILY_SCAN in getattr(inspect.unwrap(kind.forward), "__code__", use_own_scan.__code__).co_names:
+                mixer.__class__ = _SUBCLASSES.get(kind) or _subclass(kind)
+
+
+def _subclass(kind: type) -> type:
+    """The class with the scan in place of its own, also for pickle, which looks classes up by name."""
+    theirs = inspect.unwrap(kind.forward).__globals__[FAMILY_SCAN]
+
+    def scan(hidden_states, *args, use_mambapy: bool = False, **kwargs):
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if hidden_states.device.type != "cpu" or use_mambapy or captured:
+            return theirs(hidden_states, *args, use_mambapy=use_mambapy, **kwargs)
+        return selective_scan(hidden_states, *args, **kwargs)
+
+    name = f"{kind.__module__.rpartition('.')[2]}_{kind.__name__}"
+    content = {"forward": _with_global(kind.forward, FAMILY_SCAN, scan), "__module__": __name__, "__qualname__": name}
+    _SUBCLASSES[kind] = globals()[name] = type(kind.__name__, (kind,), content)
+    return _SUBCLASSES[kind]
+
+
+def _with_global(function: types.FunctionType, name: str, value) -> types.FunctionType:
+    """A copy of a function, and of what it wraps, that finds `value` under a global name."""
+    inner, closure = getattr(function, "__wrapped__", None), function.__closure__
+    if inner is not None:
+        replaced = _with_global(inner, name, value)
+        closure = tuple(types.CellType(replaced) if c.cell_contents is inner else c for c in closure)
+    # Without a module's name, torch.compile takes the values from here and not from that module.
+    others = {key: found for key, found in function.__globals__.items() if key != "__name__"}
+    names = others | {name: value} if inner is None else function.__globals__
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    if inner is not None:
+        copy.__wrapped__ = replaced
+    return copy
+
+
+__all__ = ["selective_scan"]
