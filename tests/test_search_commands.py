@@ -64,9 +64,7 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
     assert ("8 of 24 training rows are held out for the mixture weights" in printed) == splits
     assert (f"parametrised as {mixture!r} for {strategy}" in printed) == (mixture != "softmax")
     (trainer,) = trainers
-    assert trainer.args.mixture_learning_rate == (
-        own.get("mixture_learning_rate") or {"gaea": 0.1}.get(strategy, 0.01)
-    )
+    assert trainer.args.mixture_learning_rate == own.get("mixture_learning_rate", 0.1)
     assert all(getattr(trainer.args, name) == value for name, value in own.items())
     parts = [row_set(trainer.train_dataset), row_set(trainer.eval_dataset)]
     parts += [row_set(trainer.search_dataset)] if splits else []

@@ -29,7 +29,7 @@ class GradientOptions:
     steps: int = field(default=200, metadata={"help": "Optimizer steps of batch_size rows."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of components and projectors."})
     mixture_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of mixture weights (0.01; gaea: 0.1)."}
+        default=None, metadata={"help": "Of mixture weights (0.1 by default)."}
     )
     train_components: bool = field(default=True, metadata={"help": "Whether the components train too."})
     search_texts: list[str] | None = field(

@@ -38,9 +38,8 @@ class ManticoreTrainingArguments(TrainingArguments):
     mixture_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of mixture weights and learned gates, scheduled like the other. By default the "
-            "strategy's own: 0.1 for gaea, whose steps have no momentum, else 0.01. Learned gates step with the "
-            "optimizer's weights, whatever the strategy."
+            "help": "Learning rate of mixture weights and learned gates, scheduled like the other. 0.1 by default. "
+            "Learned gates step with the optimizer's weights, whatever the strategy."
         },
     )
     train_components: bool = field(

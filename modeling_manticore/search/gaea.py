@@ -42,7 +42,6 @@ class GaeaStrategy(SearchStrategy):
 
     name = "gaea"
     kinds = ("simplex",)
-    default_rate = 0.1
     fixed_arguments = ("gaea_base",)
 
     def __init__(self, args: "ManticoreTrainingArguments"):

@@ -42,7 +42,7 @@ class SearchStrategy:
     name: ClassVar[str] = ""
     fixed_arguments: ClassVar[tuple[str, ...]] = ()  # arguments that a resumed run must share
     kinds: ClassVar[tuple[str, ...]] = ()  # parametrisations of the mixture that it can step, the usual one first
-    default_rate: ClassVar[float] = 1e-2  # `mixture_learning_rate` where none is given
+    default_rate: ClassVar[float] = 0.1  # `mixture_learning_rate` where none is given
 
     def __init__(self, args: "ManticoreTrainingArguments"):
         self.args = args
