@@ -12,8 +12,9 @@ from tiny import FAMILIES, component
 
 from modeling_manticore import ManticoreConfig, ManticoreForCausalLM, discretize
 from modeling_manticore.commands.demo_report import Row, card_arguments, write_json
-from modeling_manticore.hub.card_check import LOCAL_PATH, card_problems, check_card
+from modeling_manticore.hub.card_check import card_problems, check_card
 from modeling_manticore.hub.cards import architecture, render_card, template_file, write_card
+from modeling_manticore.hub.contents import paths_in_text
 from modeling_manticore.hub.licences import LICENCES, licence_of_folder, licence_of_hybrid
 from modeling_manticore.hub.numbers import number
 from modeling_manticore.hub.picture import draw_hybrid
@@ -360,7 +361,7 @@ def test_every_number_of_the_demos_card_is_in_its_table(supernet, hybrid, tmp_pa
     assert "4.400 [4.380, 4.420]" in text and "5,120" in text and "0.713" in text
     for wrong in ("4.681", "0.714", "99", "2.14.0"):
         assert numbers_without_source(f"{text}\nloss {wrong}\n", table) == [wrong]
-    assert LOCAL_PATH.search(text) is None
+    assert paths_in_text(text) == []
     check_card(text)
 
 
