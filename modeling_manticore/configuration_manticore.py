@@ -21,13 +21,9 @@ MOST_COUNTED, DEEPEST = 65_536, 16  # of layers, heads, experts, labels, ...; le
 COUNTED = re.compile(r"num_|n_(?!positions|ctx)|\w*(layer|_types)")
 
 # Which class each Auto class of transformers finds in the code that travels with a checkpoint.
-AUTO_MAP = {
-    "AutoConfig": "configuration_manticore.ManticoreConfig",
-    "AutoModel": "modeling_manticore.ManticoreModel",
-    "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_manticore.ManticoreForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
-}
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+AUTO_MAP = {"AutoConfig": "configuration_manticore.ManticoreConfig", "AutoModel": "modeling_manticore.ManticoreModel"}
+AUTO_MAP |= {f"AutoModel{head}": f"modeling_manticore.Manticore{head}" for head in HEADS}
 
 REFUSED_FAMILIES = {
     "zamba2": "its layers read the original embeddings and share weights across the depth",
@@ -156,10 +152,9 @@ class ManticoreConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: got {value!r}, allowed is a positive integer or None.")
 
     def _validate_layout(self) -> None:
-        if not self.components:
-            raise ValueError("components: got an empty list, allowed is at least one configuration.")
-        if not self.blocks:
-            raise ValueError("blocks: got an empty list, allowed is at least one block.")
+        for field, what in (("components", "configuration"), ("blocks", "block")):
+            if not getattr(self, field):
+                raise ValueError(f"{field}: got an empty list, allowed is at least one {what}.")
         count = len(self.components)
         for b, block in enumerate(self.blocks):
             real = self.real_paths(b)
@@ -186,10 +181,8 @@ class ManticoreConfig(PreTrainedConfig):
         expected = sizes[self.tokenizer_from] if self.vocab_size is None else self.vocab_size
         for k, size in enumerate(sizes):
             if size != expected:
-                raise ValueError(
-                    f"components[{k}].vocab_size: got {size}, allowed is {expected}: all components of a hybrid "
-                    "share one tokenizer and one vocabulary."
-                )
+                text = f"got {size}, allowed is {expected}: all components of a hybrid share one vocabulary."
+                raise ValueError(f"components[{k}].vocab_size: {text}")
 
     def _derive(self) -> None:
         self.hidden_size = self.hidden_size or max(component.hidden_size for component in self.components)
@@ -328,19 +321,25 @@ def component_weights(config: ManticoreConfig, block: int, weights: list) -> dic
 
 
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
-    entry = component.to_diff_dict()
-    kept = {key: value for key, value in entry.items() if key not in ("transformers_version", "auto_map", "dtype")}
-    return kept | {"model_type": component.model_type}
+    entry = _without_code(component.to_diff_dict()) | {"model_type": component.model_type}
+    return {key: value for key, value in entry.items() if key not in ("transformers_version", "dtype")}
+
+
+def _without_code(value: Any) -> Any:
+    """A copy without `auto_map`, at every depth: the code that a component's names does not come along."""
+    if isinstance(value, dict):
+        return {key: _without_code(inner) for key, inner in value.items() if key != "auto_map"}
+    return [_without_code(inner) for inner in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _component_config(entry: Any, index: int) -> PreTrainedConfig:
     """A private copy of a component's configuration, from an object or a dictionary."""
     if isinstance(entry, dict):
         _check_values(entry, f"components[{index}]")
-        entry = {key: copy.deepcopy(value) for key, value in entry.items() if key != "auto_map"}
+        entry = _without_code(entry)
         family = entry.pop("model_type", None)
         _check_family(family, index)
-        with _named_errors(f"components[{index}]."):
+        with _named_errors(f"components[{index}]"):
             config = CONFIG_MAPPING[family].from_dict(entry)
     elif isinstance(entry, PreTrainedConfig):
         _check_family(entry.model_type, index)
@@ -395,7 +394,8 @@ def _named_errors(where: str = ""):
         if not where and isinstance(error, ValueError) and re.match(r"[\w.\[\]]+: ", str(error)):
             raise
         field, text = re.match(r"(?:Validation error for field '(\w+)':\s*)?(.*)", str(error), re.DOTALL).groups()
-        raise ValueError(f"{where}{field or type(error).__name__}: {text}") from error
+        place = ".".join(filter(None, (where, field))) or "config"
+        raise ValueError(f"{place}: {text if field or isinstance(error, ValueError) else repr(error)}") from error
 
 
 ManticoreConfig.__init__ = _named_errors()(ManticoreConfig.__init__)

@@ -193,6 +193,7 @@ def test_who_may_do_what(hub, tmp_path):
         ),
         "missing": (Case(hub, tmp_path, "missing"), "fetch", {}, "missing", "there is no repository 'tester/missing'"),
         "revision": (ours, "fetch", {"revision": "v9"}, "missing", "revision: 'tester/private' has no revision 'v9'"),
+        "file": (ours, "fetch", {"patterns": ["no.json"]}, "missing", "'tester/private' has no file like ['no.json']"),
     }
     for label, (case, action, options, kind, message) in expected.items():
         error, seconds = outcome(lambda case=case, action=action, options=options: getattr(case, action)(**options))

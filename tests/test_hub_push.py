@@ -1,4 +1,4 @@
-"""What is pushed and what is refused; the Trainer's pushes; adapters; the commands; what a kill leaves."""
+"""What is pushed and what is refused; pictures; the Trainer's pushes; adapters; the commands; kills while saving."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from tiny import component, tokens
 
 from modeling_manticore import ManticoreForCausalLM, push_hybrid, verify
 from modeling_manticore.commands import main
-from modeling_manticore.hub.contents import is_local, paths_in_text, sorted_out
+from modeling_manticore.hub.contents import cleaned_text, is_local, paths_in_text, pictures_of, sorted_out
 from modeling_manticore.hub.push import push_folder
-from modeling_manticore.hub.staging import PREFIX, remove_stale
+from modeling_manticore.hub.staging import remove_stale
 
 
 CODE = {f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "slicing")}
@@ -118,8 +117,28 @@ def test_what_counts_as_a_local_path(tmp_path):
     for text in ("EleutherAI/pythia-410m", "https://hf.co/a/b", "</s>", "/", "a /b", "silu", ""):
         assert not is_local(text), text
     assert is_local(str(tmp_path), "source") and is_local("./here", "source") and not is_local("a/b", "source")
-    text = "From https://hf.co/a/b, [x](/org/name), 3/4 and and/or; kept in /home/me/run-1 and ~/data/x."
-    assert paths_in_text(text) == ["/home/me/run-1", "~/data/x."]
+    text = "From https://hf.co/a/b, [x](/org/name), 3/4, </s> and and/or; kept in /home/me/run-1 and ~/data/x."
+    assert paths_in_text(text) == ["/home/me/run-1", "~/data/x"]
+    text = f"C:\\runs\\x, \\\\server\\share, ~you/x, file:///x/y, ![y]({tmp_path})"
+    assert len(paths_in_text(text)) == 5 and cleaned_text(text) == "local, local, local, local, ![y](local)"
+
+
+def test_pictures_that_a_card_shows_go_along(online, tmp_path):
+    for name in ("card/hybrid.png", "card/more/b c.svg", "card/notes.txt", "outside.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    shown = "![x](hybrid.png) <img width=3 src='more/b%20c.svg'> ![x](notes.txt) ![x](../outside.png) ![x](gone.png)"
+    card = tmp_path / "card" / "README.md"
+    card.write_text(f"---\nlibrary_name: transformers\n---\n{shown} ![x](https://example.org/hybrid.png)\n")
+    assert pictures_of(card).keys() == {"hybrid.png", "more/b c.svg"}
+    push_hybrid(hybrid(), None, "tester/pictures", card=card)
+    files = files_of(online, "tester/pictures")
+    assert {"README.md", "hybrid.png", "more/b c.svg"} <= files.keys() and "notes.txt" not in files
+    assert online.store.read(files["hybrid.png"]) == b"card/hybrid.png"
+    hybrid().save_pretrained(tmp_path / "saved")
+    assert main(["push", str(tmp_path / "saved"), "tester/pictures-too", "--card", str(card)]) == 0
+    repository = online.store.repositories["tester/pictures-too"]
+    assert {"README.md", "hybrid.png"} <= repository.find("main").files.keys() and len(repository.history()) == 2
 
 
 def test_what_stays_behind(tmp_path):
@@ -232,45 +251,6 @@ def test_the_command(online, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------ kills
-PUSH = """
-import sys
-from modeling_manticore.hub.push import push_folder
-push_folder(sys.argv[1], "tester/killed")
-"""
-
-
-@pytest.mark.timeout(400)
-def test_killed_while_pushing(online, tmp_path, monkeypatch):
-    hybrid().save_pretrained(tmp_path / "saved")
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    online.faults.add("stall", "POST /api/models/tester/killed/commit/")
-    pusher = subprocess.Popen(
-        [sys.executable, "-c", PUSH, str(tmp_path / "saved")], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _until(lambda: any("killed/commit" in line for line in online.requests), 300)
-    finally:
-        pusher.send_signal(signal.SIGKILL)
-        pusher.wait()
-    left = [path.name for path in (tmp_path / "temporary").iterdir()]
-    assert any(name.startswith(f"{PREFIX}{pusher.pid}.") for name in left)
-    assert files_of(online, "tester/killed") == {}
-    online.faults.clear()
-    push_folder(tmp_path / "saved", "tester/killed")
-    assert not any(path.name.startswith(PREFIX) for path in (tmp_path / "temporary").iterdir())
-    titles = [commit.title for commit in online.store.repositories["tester/killed"].history()]
-    assert titles == ["Upload hybrid", "initial commit"] and "config.json" in files_of(online, "tester/killed")
-
-
-def _until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("moment", ["transformers.modeling_utils.safe_save_file", "os.rename"])
 def test_killed_while_saving(tmp_path, moment):
     model = hybrid()

@@ -76,6 +76,7 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
     assert f"hybrid {kept['loss']:.4f} nats" in printed and report["best_evaluation"]["eval_loss"]["step"] in (1, 2, 3)
     assert {p.name for p in (tmp_path / "found" / "report").iterdir()} == {
         "search.json",
+        "hybrid.png",
         "mixture_heatmap.png",
         "mixture_weights.png",
     }

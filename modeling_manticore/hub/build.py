@@ -12,6 +12,7 @@ from .plan import plan
 from .recipe_schema import ComponentRecipe, Recipe
 from .recipes import recipe_to_dict
 from .stages import STAGES, Stage, Work
+from .staging import is_alive
 
 
 RECORD = "stage.json"
@@ -112,18 +113,8 @@ def _remove_stale(folder: Path) -> None:
     """What a process that is no more left half-made."""
     for path in folder.iterdir() if folder.is_dir() else ():
         found = PARTIAL.fullmatch(path.name)
-        if found and not _is_alive(int(found[2])):
+        if found and not is_alive(int(found[2])):
             shutil.rmtree(path)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _hash(stage: Stage, work: Work, before: str) -> str:

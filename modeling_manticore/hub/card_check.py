@@ -5,14 +5,11 @@ from typing import Any
 
 import yaml
 
+from .contents import paths_in_text
 from .licences import LICENCES, UNSAID
 
 
 REPO_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-# A path from the root, a drive or a home; not a URL, not "and/or", not a fraction.
-LOCAL_PATH = re.compile(
-    r"(?<![\w.:/\\)\]>~-])(?:~[\w.-]*[/\\]|(?:[A-Za-z]:\\|\\\\|/)(?:[\w.@+~-]+[/\\]))(?:[\w.@+~-]+[/\\])*[\w.@+~-]*|file:///?\S*"
-)
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 TEXT, TEXTS = (str,), (str, list)
 FIELDS = {
@@ -48,7 +45,7 @@ def check_card(text: str) -> None:
 
 def card_problems(text: str) -> list[str]:
     """What `check_card` complains of; empty for a card that is fit."""
-    problems = [f"local path {found.group()!r}" for found in LOCAL_PATH.finditer(text)]
+    problems = [f"local path {found!r}" for found in paths_in_text(text)]
     problems += [f"template marker {found!r}" for found in re.findall(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", text)]
     problems += ["'[More Information Needed]'"] * ("[More Information Needed]" in text)
     match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)

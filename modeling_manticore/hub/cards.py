@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ..cache_manticore import cache_growth, path_name
 from ..mixing_manticore import junctions
-from .card_check import LOCAL_PATH, REPO_ID, check_card
+from .card_check import REPO_ID, check_card
 from .card_results import check_results, eval_results, results_table
+from .contents import cleaned_text, is_local
 from .licences import LICENCES, UNSAID, licence_of_folder, licence_of_hybrid
 from .numbers import number, rounded
 from .picture import component_names, draw_hybrid
@@ -298,7 +299,7 @@ def _context_limit(facts: dict) -> list[str]:
 def _report(report: Any) -> tuple[str | None, list[dict] | None]:
     """A report as fenced text, and its blocks as rows of a table."""
     if report is None or isinstance(report, str):
-        return (_fenced(_without_paths(report)) if report else None), None
+        return (_fenced(cleaned_text(report)) if report else None), None
     content = report.to_dict() if hasattr(report, "to_dict") else report
     if not isinstance(content, Mapping):
         raise ValueError(f"report: got {type(report).__name__}, allowed are a text, a dictionary and a report.")
@@ -322,16 +323,12 @@ def _plain(value: Mapping, field: str) -> dict:
             return inner
         if isinstance(inner, (str, os.PathLike)):
             text = os.fspath(inner)
-            return "local" if re.match(r"[/~]|[A-Za-z]:\\", text) and "\n" not in text else _without_paths(text)
+            return "local" if is_local(text) else cleaned_text(text)
         raise ValueError(f"{where}: got {type(inner).__name__}, allowed are plain values.")
 
     if not isinstance(value, Mapping):
         raise ValueError(f"{field}: got {type(value).__name__}, allowed is a dictionary.")
     return clean(value, field)
-
-
-def _without_paths(text: str) -> str:
-    return LOCAL_PATH.sub("local", text)
 
 
 def _yaml(value: dict) -> str:
@@ -347,7 +344,7 @@ def _fenced(text: str, language: str = "") -> str:
 
 def _cell(text: str) -> str:
     """Text for a cell of a Markdown table."""
-    return " ".join(_without_paths(text).replace("|", r"\|").split())
+    return " ".join(cleaned_text(text).replace("|", r"\|").split())
 
 
 def _listed(words: list[str]) -> str:

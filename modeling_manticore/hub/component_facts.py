@@ -15,12 +15,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.repocard import metadata_load
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
 from ..building.partial import ComponentPart, is_unused
-from ..building.sources import TOKENIZER_FILES, component_sources
+from ..building.sources import TOKENIZER_FILES, ComponentSource, component_sources
 from ..configuration_manticore import ManticoreConfig
 from .recipe_schema import ComponentRecipe
 
@@ -40,7 +40,7 @@ class ComponentFacts:
         revision: the commit, of a repository. dtype: in which `from_components` takes it to be.
         tensors: name -> (dtype as safetensors names it, shape). shards: name -> file. sizes: file -> bytes.
         license: an id or 'unknown'; license_from says where it was found. gated: 'auto', 'manual' or False.
-        vocabulary: token -> id, None where there is no tokenizer.
+        source: what composing would load it from; None of a fresh one. tokenizer: None where there is none.
     """
 
     index: int
@@ -55,7 +55,8 @@ class ComponentFacts:
     license: str = "unknown"
     license_from: str = "nowhere"
     gated: str | bool = False
-    vocabulary: dict[str, int] | None = None
+    source: ComponentSource | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def where(self) -> str:
@@ -92,7 +93,7 @@ class ComponentFacts:
             "layers": self.config.num_hidden_layers,
             "hidden_size": self.config.hidden_size,
             "vocab_size": self.config.vocab_size,
-            "tokens": None if self.vocabulary is None else len(self.vocabulary),
+            "tokens": None if self.tokenizer is None else len(self.tokenizer),
             "parameters": self.parameters,
             "stored_as": stored,
             "license": self.license,
@@ -122,16 +123,18 @@ def component_facts(recipe: ComponentRecipe, index: int, notes: list[str]) -> Co
     info = None if recipe.folder is not None else _repository(recipe, where)
     try:
         source = component_sources([recipe.name], options)[0]
+        source.index = index
     except ValueError as error:
         raise ValueError(str(error).replace("components[0]", f"components[{index}]")) from error
-    facts = ComponentFacts(index, recipe.name, source.config, source.dtype, source.revision, on_hub=info is not None)
+    facts = ComponentFacts(index, recipe.name, source.config, source.dtype, source.revision, info is not None)
+    facts.source = source
     if info is None:
         _read_folder(facts, notes)
     else:
         _read_repository(facts, info)
     try:
         own = {} if recipe.revision is None else {"revision": recipe.revision}
-        facts.vocabulary = AutoTokenizer.from_pretrained(recipe.name, **own).get_vocab()
+        facts.tokenizer = AutoTokenizer.from_pretrained(recipe.name, **own)
     except (OSError, ValueError) as error:
         if info is not None or any(Path(recipe.name, file).exists() for file in TOKENIZER_FILES):
             notes.append(f"{where}: its tokenizer cannot be read ({str(error).splitlines()[0]}).")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -22,7 +23,12 @@ STALE = r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 ABSOLUTE = re.compile(r"(?:~[\\/]|/|[A-Za-z]:[\\/]|\\\\|file://)[^\s]*[\w.]")
 # In running text only what begins like a path of this or a usual machine; "/" has other uses there.
-IN_TEXT = re.compile(r"(?<![\w.:/~@-])(?:file://|~/|[A-Za-z]:\\|/(?=([\w.+@-]+)/))[\w.+@/\\-]+")
+IN_TEXT = re.compile(
+    r"(?<![\w.:/\\~@-])(?:file://|~[\w.-]*[\\/]|[A-Za-z]:[\\/]|\\\\(?=[\w.-]+\\)|/(?=([\w.+@-]+)/))"
+    r"[\w.+@~/\\-]*[\w+@/\\-]"
+)
+PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*[\"']([^\"']+)", re.IGNORECASE)
+PICTURE_KINDS = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 ROOTS = (
     "Users Volumes builds content data data1 data2 dev etc export gpfs home kaggle lustre media mnt opt private proc"
     " project projects root run scratch srv storage tmp usr var work workdir workspace"
@@ -63,6 +69,20 @@ def sorted_out(folder: Path, recursive: bool = False) -> tuple[dict[str, Path], 
     return files, left
 
 
+def pictures_of(card: Path) -> dict[str, Path]:
+    """
+    {path in the repository: file} of the pictures that a card shows and that lie beside it or below. Others (of the
+    web, or already in the repository) are not files here.
+    """
+    folder, found = card.parent.resolve(), {}
+    for written in PICTURE.findall(card.read_text(encoding="utf-8")):
+        name = PurePosixPath(unquote(written[0] or written[1]))
+        file = (folder / name).resolve()
+        if name.suffix.lower() in PICTURE_KINDS and file.is_file() and file.is_relative_to(folder):
+            found[file.relative_to(folder).as_posix()] = file
+    return found
+
+
 # ------------------------------------------------------------------ local paths
 def local_paths(value: Any, where: str) -> Iterator[tuple[str, str]]:
     """(place, path) of every string in a nested value that is a local path (`is_local`)."""
@@ -91,7 +111,8 @@ def paths_in_text(text: str) -> list[str]:
     for match in IN_TEXT.finditer(text):
         root = match[1]
         linked = text[max(match.start() - 2, 0) : match.start()] == "]("
-        if root is None or (not linked and (root in USUAL_ROOTS or Path("/", root).is_dir())):
+        known = root in USUAL_ROOTS or (root is not None and Path("/", root).is_dir())
+        if root is None or (Path(match[0]).exists() if linked else known):  # links may be relative to the Hub's site
             found.append(match[0])
     return found
 

@@ -22,7 +22,7 @@ def table(plan: "Plan") -> str:
         lines.append(f"  block {b}: {' | '.join(paths)}")
     if plan.vocabulary is not None:
         match = "one vocabulary" if plan.vocabulary.same else "vocabularies differ, rows are cut or transplanted"
-        shares = [f"{share:.1%}" for share in plan.vocabulary.shared if share is not None]
+        shares = [f"{share:.1%}" for share in plan.vocabulary.shared]
         lines.append(f"  {match}: {plan.vocabulary.size} rows" + (f"; shared {', '.join(shares)}" if shares else ""))
     if plan.dtype is not None:
         lines.append(f"  stream {plan.hidden_size}, {plan.dtype}, context {plan.context or 'unlimited'}")

@@ -17,6 +17,7 @@ from .contents import (
     is_local,
     local_paths,
     paths_in_text,
+    pictures_of,
     refuse_local_paths,
     sorted_out,
 )
@@ -64,8 +65,9 @@ def push_hybrid(
         repo_id: `name` or `owner/name`; made if it does not exist.
         recipe: how it was made: a mapping, or a YAML file. It becomes recipe.yaml.
         results: measured results, JSON values. They become results.json.
-        card: the model card: text, a file, or a `ModelCard`. By default the card in the repository stays, and a new
-            repository gets a short one with what the configuration says.
+        card: the model card: text, a file, or a `ModelCard`. The pictures that a file shows from its own folder go
+            along. By default the card in the repository stays, and a new repository gets a short one with what the
+            configuration says.
         tags: further tags for the short card.
         base_model: for adapters, the repository of the hybrid they are for.
         private: of a new repository. revision: a branch, made from main if need be. create_pr: as a pull request.
@@ -114,9 +116,11 @@ def push_hybrid(
             (folder / "model" / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         if text is not None:
             (folder / "model" / CARD).write_text(text, encoding="utf-8")
+        files, left = sorted_out(folder / "model", recursive=True)
         return _send(
             folder,
-            *sorted_out(folder / "model", recursive=True),
+            _pictures(card) | files,
+            left,
             repo_id,
             options,
             tags=tags,
@@ -175,7 +179,7 @@ def push_folder(
             files[CARD].write_text(text, encoding="utf-8")
         return _send(
             staged,
-            files,
+            files | _pictures(card),
             left,
             repo_id,
             options,
@@ -335,6 +339,10 @@ def _card(card: Any) -> str | None:
     if text is not None and not text.startswith("---\n"):
         raise ValueError("card: it has no front matter; allowed is a text that begins with a line '---'.")
     return text
+
+
+def _pictures(card: Any) -> dict[str, Path]:
+    return pictures_of(card) if isinstance(card, Path) else {}
 
 
 def _describes_hybrid(folder: Path, files: dict[str, Path]) -> bool:

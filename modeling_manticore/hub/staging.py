@@ -28,13 +28,14 @@ def remove_stale(parent: Path, prefix: str) -> None:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.\w+")
     for entry in os.scandir(parent):
         match = pattern.fullmatch(entry.name)
-        if match is None or not entry.is_dir(follow_symlinks=False) or _alive(int(match[1])):
+        if match is None or not entry.is_dir(follow_symlinks=False) or is_alive(int(match[1])):
             continue
         if entry.stat().st_uid == os.getuid():
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number, whoever's."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,8 +1,8 @@
 """How the vocabularies of a recipe's components fit together, from their tokenizers and configurations alone."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from ..building.transplant import plan_vocabulary
 from ..commands.models import load_tokenizer
 from .component_facts import ComponentFacts
 from .recipe_schema import Recipe
@@ -15,47 +15,30 @@ class VocabularyMatch:
         size: rows of the hybrid's embeddings and heads.
         same: whether all components have one vocabulary of one size.
         changed: components whose rows are cut or transplanted.
-        shared: of every component, the share of the hybrid's tokens that its own tokenizer has under the same name;
-            None without a tokenizer.
+        shared: of every component, the share of the hybrid's tokens that are its own too and keep their rows.
         problems: why they cannot be brought together.
     """
 
     size: int
     same: bool
     changed: list[int] = field(default_factory=list)
-    shared: list[float | None] = field(default_factory=list)
+    shared: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def match_vocabularies(recipe: Recipe, facts: list[ComponentFacts]) -> VocabularyMatch:
-    """
-    Where all are of one size and no two tokenizers differ, nothing changes. Else every component gets the tokens of
-    the tokenizer of `tokenizer_from`, and padding beyond them is cut.
-    """
-    first = facts[recipe.tokenizer_from]
-    sizes = [fact.config.vocab_size for fact in facts]
+    """What composing will do with the vocabularies: `plan_vocabulary` on the tokenizers that were read."""
     if recipe.from_scratch:
         return _of_tokenizer(recipe, facts)
-    target = first.vocabulary
-    shared = [_share(target, fact.vocabulary) for fact in facts]
-    differ = [k for k, fact in enumerate(facts) if _differ(target, fact.vocabulary)]
-    if len(set(sizes)) == 1 and not differ:
-        return VocabularyMatch(sizes[0], same=True, shared=shared)
-    problems: list[Any] = []
-    if target is None:
-        problems.append(f"{first.where}: its vocabulary is not that of the others, and it has no tokenizer.")
-        return VocabularyMatch(first.config.vocab_size, False, shared=shared, problems=problems)
-    size = 1 + max(target.values())
-    for k, fact in enumerate(facts):
-        if fact.vocabulary is None and sizes[k] != sizes[recipe.tokenizer_from]:
-            problems.append(f"{fact.where}: its vocabulary is not that of {first.where}, and it has no tokenizer.")
-        elif fact.vocabulary is not None and 1 + max(fact.vocabulary.values()) > sizes[k]:
-            problems.append(
-                f"{fact.where}: its tokenizer has {1 + max(fact.vocabulary.values())} tokens, its vocab_size is "
-                f"{sizes[k]}: its matrices have no rows for the others."
-            )
-    changed = [k for k in range(len(facts)) if sizes[k] != size or k in differ]
-    return VocabularyMatch(size, False, changed, shared, problems)
+    try:
+        made = plan_vocabulary(
+            [fact.source for fact in facts], recipe.tokenizer_from, [fact.tokenizer for fact in facts]
+        )
+    except ValueError as error:
+        return VocabularyMatch(facts[recipe.tokenizer_from].config.vocab_size, False, problems=[str(error)])
+    kept = [rows.counts["copied"] + rows.counts["same role"] for rows in made.report.components]
+    changed = sorted(made.transplants)
+    return VocabularyMatch(made.size, not changed, changed, [count / made.tokens for count in kept])
 
 
 def _of_tokenizer(recipe: Recipe, facts: list[ComponentFacts]) -> VocabularyMatch:
@@ -67,12 +50,4 @@ def _of_tokenizer(recipe: Recipe, facts: list[ComponentFacts]) -> VocabularyMatc
             size = len(load_tokenizer(source.repo or source.folder, source.revision))
         except ValueError as error:
             problems.append(str(error))
-    return VocabularyMatch(size, same=True, shared=[None] * len(facts), problems=problems)
-
-
-def _share(target: dict[str, int] | None, own: dict[str, int] | None) -> float | None:
-    return None if not target or own is None else len(target.keys() & own.keys()) / len(target)
-
-
-def _differ(target: dict[str, int] | None, own: dict[str, int] | None) -> bool:
-    return target is not None and own is not None and target != own
+    return VocabularyMatch(size, same=True, problems=problems)

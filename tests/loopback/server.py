@@ -223,7 +223,8 @@ class HubHandler(BaseHTTPRequestHandler):
             for sibling in siblings:
                 entry = commit.files[sibling["rfilename"]]
                 sibling |= {"size": entry.size, "blobId": entry.oid}
-                sibling |= {"lfs": {"sha256": entry.sha256, "size": entry.size}} if entry.sha256 else {}
+                if entry.sha256:
+                    sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}
         self.answer(
             {
                 "id": name,
