@@ -1,6 +1,7 @@
 """
 Which gate, ends, projectors and calibration are best after equal budgets? One factor at a time around the package's
-default, then the best two crossed, on two pairs of small trained components and several seeds.
+default, then the best two crossed, on two pairs of small trained components and several seeds; then what was added
+after a look at these, to see which part of the paper's setting makes its hybrids good.
 
 Every run: compose, calibrate (or not), joint search, then two hybrids cut from it, one as the search says and one
 fixed for all variants, each fine-tuned with the same tokens. Every variant's learning rate (of search and fine-tuning)
@@ -18,7 +19,7 @@ from dataclasses import asdict
 from statistics import mean
 
 import torch
-from _components import TIME_NOTE, Shape, Store, Workshop, loss_of, train, work_folder
+from _components import DOMAINS, TIME_NOTE, Shape, Store, Workshop, loss_of, train, work_folder
 from _shared import quiet, shown, summary, write
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -29,6 +30,7 @@ from modeling_manticore.building.states import ComponentStates
 from modeling_manticore.building.texts import batches_of
 from modeling_manticore.mixing_manticore import junctions
 from modeling_manticore.search.slices import token_count
+from modeling_manticore.tasks.text import interleave
 
 
 BLOCKS = 3
@@ -36,6 +38,8 @@ PAIRS = {
     "gpt_neox(bible) mamba2(python)": ([("gpt_neox", "bible"), ("mamba2", "python")], [0, 1, 0]),
     "gpt2(bible) mamba2(python)": ([("gpt2", "bible"), ("mamba2", "python")], [1, 0, 1]),
 }
+# Only for what the first two showed: is it so as well where both components know the text?
+ONE_DOMAIN = {"gpt_neox(python) mamba2(python)": ([("gpt_neox", "python"), ("mamba2", "python")], [0, 1, 0])}
 DEFAULT = {
     "gate": "routed",
     "calibrated": True,
@@ -56,6 +60,14 @@ SINGLE = {
     "positions on entry": {"positions_on_entry": True},
 }
 PAPER = {"gate": "mixture", "calibrated": False, "project_ends": False, "bridges": None}
+# Added after the first columns were seen: which part of the paper's setting is it?
+UNFITTED = {"calibrated": False, "bridges": None}
+FURTHER = {
+    "not calibrated, bridges not fitted": UNFITTED,
+    "not calibrated, bridges not fitted, plain ends": UNFITTED | {"project_ends": False},
+    "learned, not calibrated, bridges not fitted, plain ends": UNFITTED | {"project_ends": False, "gate": "learned"},
+    "mixture, not calibrated, bridges not fitted": UNFITTED | {"gate": "mixture"},
+}
 MEANS = {"mean": "", "mean_on_search_split": "_on_search_split"}  # over both hybrids
 LOSSES = ("supernet", "fixed_before", "fixed", "searched", "mean")
 
@@ -66,12 +78,17 @@ class Run:
     def __init__(self, workshop: Workshop, given: argparse.Namespace, pair: str, seed: int):
         self.workshop, self.store, self.given = workshop, workshop.store, given
         self.pair, self.seed = pair, seed
-        self.components, self.fixed = PAIRS[pair]
-        self.calibration = workshop.mixed("train", given.calibration_rows, seed=500 + seed)
-        self.search = workshop.mixed("search", given.test_rows // 2, seed=0)
-        self.test = workshop.mixed("test", given.test_rows, seed=0)
-        self.train = workshop.mixed("train", given.train_rows, seed=600 + seed)
+        self.components, self.fixed = (PAIRS | ONE_DOMAIN)[pair]
+        self.calibration = self.rows("train", given.calibration_rows, seed=500 + seed)
+        self.search = self.rows("search", given.test_rows // 2, seed=0)
+        self.test = self.rows("test", given.test_rows, seed=0)
+        self.train = self.rows("train", given.train_rows, seed=600 + seed)
         self._searched: dict = {}
+
+    def rows(self, part: str, count: int, seed: int) -> torch.LongTensor:
+        """(count, length) rows of the components' domains in equal parts."""
+        known = {domain for _, domain in self.components}
+        return interleave([self.workshop.rows[domain][part] for domain in DOMAINS if domain in known], count, seed)
 
     def measured(self, variant: dict, rate: float) -> dict:
         """Losses of the searched supernet and of both hybrids."""
@@ -196,15 +213,19 @@ class Benchmark:
         self.workshop = Workshop(Shape(**given.shape), Store(work_folder(given.work, "small_components")))
         self.pairs = list(PAIRS)[: given.pairs] if not given.quick else list(PAIRS)[-1:]
         self.runs = {(p, s): Run(self.workshop, given, p, s) for s in range(given.seeds) for p in self.pairs}
+        self.beside = {
+            (p, s): Run(self.workshop, given, p, s) for s in range(given.seeds) for p in ONE_DOMAIN if not given.quick
+        }
         self.rates: dict[str, dict] = {}
 
     def measured(self, name: str, variant: dict, pair: str, seed: int) -> dict:
         """One variant with its learning rate."""
-        run = self.runs[pair, 0]
+        runs = self.runs | self.beside
+        run = runs[pair, 0]
         losses = {rate: run.measured(variant, rate)["mean_on_search_split"] for rate in self.given.rates}
         self.rates[f"{name}, {pair}"] = losses
         rate = min(losses, key=losses.get)
-        return self.runs[pair, seed].measured(variant, rate) | {"rate": rate}
+        return runs[pair, seed].measured(variant, rate) | {"rate": rate}
 
     def column(self, name: str, changes: dict) -> dict:
         """All runs of a variant that concerns them."""
@@ -222,14 +243,22 @@ class Benchmark:
         second = next(name for name in ranked[1:] if not set(SINGLE[name]) & set(SINGLE[ranked[0]]))
         crossed = f"{ranked[0]} x {second}"
         columns[crossed] = self.column(crossed, SINGLE[ranked[0]] | SINGLE[second])
-        self.report(columns, crossed)
+        for name, changes in FURTHER.items():
+            columns[name] = self.column(name, changes)
+        self.report(columns, crossed, self.one_domain())
+
+    def one_domain(self) -> dict:
+        """Losses without calibration and fitting less those of the default, where both components know the text."""
+        without = {key: self.measured("not fitted", DEFAULT | UNFITTED, *key) for key in self.beside}
+        found = {key: self.measured("default", DEFAULT, *key) for key in self.beside}
+        return {loss: [without[key][loss] - found[key][loss] for key in found] for loss in LOSSES if found}
 
     def differences(self, columns: dict, name: str) -> dict[str, list[float]]:
         """Losses less those of the default, run by run."""
         pairs = [(found, columns["default"][key]) for key, found in columns[name].items()]
         return {loss: [found[loss] - default[loss] for found, default in pairs] for loss in LOSSES}
 
-    def report(self, columns: dict, crossed: str) -> None:
+    def report(self, columns: dict, crossed: str, one_domain: dict) -> None:
         """Print and write what there is."""
         default = columns["default"].values()
         print(f"\ndefault: { ({loss: shown([found[loss] for found in default]) for loss in LOSSES}) }")
@@ -250,9 +279,14 @@ class Benchmark:
             table[name]["verdict"] = verdict(found["mean"], found["half_width"])
         for name in list(columns)[1:]:
             print(f"{name}: {table[name]['verdict']}")
+        if one_domain:
+            print(f"{', '.join(ONE_DOMAIN)}: not calibrated, bridges not fitted, less the default")
+            print(f"{'':<52} " + " ".join(f"{shown(one_domain[loss]):>16}" for loss in LOSSES))
         given = {key: value for key, value in vars(self.given).items() if key not in ("work", "quick")}
         results = {"settings": given | {"shape": asdict(self.workshop.shape)}, "seconds_are": TIME_NOTE}
-        results |= {"default": DEFAULT, "variants": SINGLE | {"the paper's": PAPER}, "crossed": crossed}
+        variants = SINGLE | {"the paper's": PAPER} | FURTHER
+        results |= {"default": DEFAULT, "variants": variants, "crossed": crossed, "added_later": list(FURTHER)}
+        results["one_domain_not_calibrated_not_fitted"] = {loss: summary(found) for loss, found in one_domain.items()}
         results |= {"loss_on_search_split_by_learning_rate": self.rates, "difference_to_default": table}
         runs = [{"variant": name, "pair": p, "seed": s} | f for name, c in columns.items() for (p, s), f in c.items()]
         if not self.given.quick:

@@ -87,15 +87,27 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
         assert hybrid(ids, labels=ids).loss.item() == pytest.approx(kept["loss"], abs=1e-4)
 
 
-def test_search_of_components_calibrates_first(folders, tmp_path, capsys, trainers):
+@pytest.mark.parametrize(
+    "words, fitted",
+    [
+        ([], None),
+        (["--no_train_components"], "sequential"),
+        (["--order", "parallel"], "parallel"),
+        (["--calibrate", "true"], "sequential"),
+        (["--no_train_components", "--calibrate", "false"], None),
+    ],
+)
+def test_search_of_components_calibrates_only_what_training_does_not_replace(
+    words, fitted, folders, tmp_path, capsys, trainers
+):
     settings = {"components": [folders / "gpt_neox", folders / "mamba2"], "num_blocks": 2, "steps": 1, "batch_size": 4}
     settings |= {"texts": [folders / "text.txt"], "row_length": 32, "strategy": "joint", "output_folder": tmp_path}
-    assert not main(["search"] + options(**settings, order="parallel") + ["--no_train_components"])
+    assert not main(["search"] + options(**settings) + words)
     printed = capsys.readouterr().out
-    assert "held-out fit" in printed and "largest weights: " in printed
-    assert json.loads((tmp_path / "report" / "search.json").read_text())["discretized"]["order"] == "parallel"
+    assert ("held-out fit" in printed) == (fitted is not None) and "largest weights: " in printed
+    assert json.loads((tmp_path / "report" / "search.json").read_text())["discretized"]["order"] == fitted
     assert (
-        not trainers[0].args.train_components
+        trainers[0].args.train_components == ("--no_train_components" not in words)
         and len(trainers[0].train_dataset) > 3 * len(trainers[0].eval_dataset) - 4
     )
 

@@ -92,7 +92,14 @@ class SearchOptions:
     keep: int = field(default=5, metadata={"help": "stitch: hybrids in the printed table."})
     order: str | None = field(
         default=None,
-        metadata={"help": "parallel or sequential bridges (stitch: parallel; gradient strategies: sequential)."},
+        metadata={"help": "parallel or sequential bridges (stitch: parallel; others: sequential)."},
+    )
+    calibrate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient strategies: fit the projectors of new supernets before, and bridges after the search. "
+            "Default: only with --no_train_components or --order; where components train it gains nothing."
+        },
     )
     divisions: int = field(default=4, metadata={"help": "sweep: weights are multiples of 1/divisions."})
     halving: bool = field(
@@ -264,8 +271,12 @@ def _by_gradient(search: Search) -> Found:
     if check_search_texts(search.arguments, gradient.search_texts):
         rows, searched = search_rows(rows, gradient.search_texts, search.tokenizer, len(rows), options.cache_folder)
     suit(search.model, options.strategy)
-    _calibrate_new(search)
-    order = options.order or "sequential"
+    fitted, order = options.calibrate, None
+    if fitted is None:
+        fitted = options.order is not None or not gradient.train_components
+    if fitted:
+        _calibrate_new(search)
+        order = options.order or "sequential"
     hybrid, report = train_and_discretize(
         search.model, search.arguments, rows, search.scored, searched, search.budget, order
     )

@@ -183,14 +183,14 @@ def train_and_discretize(
     held_out: "torch.LongTensor",
     search: "torch.LongTensor | None",
     budget: "Budget | None",
-    order: str,
+    order: str | None,
 ) -> "tuple[PreTrainedModel, SearchReport]":
     """
-    `train_search`, then fit the bridges of the choice, measure it, and write the report folder of `args.output_dir`
+    `train_search`, then cut out the choice, measure it, and write the report folder of `args.output_dir`
     with all of it.
 
     Args:
-        order: of the bridges, as in `discretize`.
+        order: in which the bridges are fitted, as in `discretize`; None: they stay as the search has trained them.
 
     Raises:
         ValueError: as `train_search`.
@@ -201,9 +201,9 @@ def train_and_discretize(
     from .models import measure
 
     choice, table, trainer = train_search(model, args, rows, held_out, search, budget)
-    calibration = rows[:CALIBRATION_ROWS]
     size = args.per_device_train_batch_size
-    hybrid = discretize(model, choice, calibration=calibration, order=order, batch_size=size, budget=budget)
+    fitting = {} if order is None else {"calibration": rows[:CALIBRATION_ROWS], "order": order}
+    hybrid = discretize(model, choice, **fitting, batch_size=size, budget=budget)
     report = trainer.search_report
     report.discretized = {
         "choice": choice,
