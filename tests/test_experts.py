@@ -3,7 +3,7 @@
 import pytest
 import torch
 from family_checks import chain, gradients
-from tiny import component, tokens
+from tiny import component, scanned, tokens
 
 from modeling_manticore import ManticoreForCausalLM, discretize
 
@@ -15,7 +15,7 @@ FAMILIES = ("jamba", "granitemoehybrid", "qwen3_next")
 @pytest.mark.parametrize("padding", [0, 4])
 @torch.no_grad()
 def test_a_chain_has_the_router_loss_of_the_uncut_model(family, padding):
-    model, ids = component(family), tokens()
+    model, ids = scanned(component(family)), tokens()
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)

@@ -23,7 +23,7 @@ from tiny import component
 
 from modeling_manticore import ManticoreForCausalLM
 from modeling_manticore.hub.card_check import check_card
-from modeling_manticore.hub.contents import FIVE
+from modeling_manticore.hub.contents import CARRIED
 from modeling_manticore.hub.staging import PREFIX
 from modeling_manticore.hub.transfer import call
 
@@ -197,7 +197,7 @@ class Circle:
         assert [commit.title for commit in repository.history()] == ["Upload hybrid", "initial commit"]
         assert repository.private and len(repository.commits) == 2
         files = repository.find("main").files
-        expected = {*FIVE, "README.md", "hybrid.png", "recipe.yaml", "results.json", "tokenizer.json"}
+        expected = {*CARRIED, "README.md", "hybrid.png", "recipe.yaml", "results.json", "tokenizer.json"}
         assert expected | {"config.json", "model.safetensors"} <= files.keys()
         assert bool(files["model.safetensors"].xet) == (self.mode == "xet")
         for name in ("README.md", "hybrid.png"):

@@ -20,7 +20,7 @@ from modeling_manticore.hub.push import push_folder
 from modeling_manticore.hub.staging import remove_stale
 
 
-CODE = {f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "slicing")}
+CODE = {f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "scan", "slicing")}
 
 
 @pytest.fixture(scope="module")

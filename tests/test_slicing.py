@@ -3,7 +3,7 @@
 import pytest
 import torch
 from family_checks import chain, rows_alone, run, run_in_steps
-from tiny import FAMILIES, component, tokens
+from tiny import FAMILIES, component, scanned, tokens
 
 from modeling_manticore import ManticoreConfig
 from modeling_manticore.slicing_manticore import ComponentBlueprint, run_view
@@ -21,7 +21,7 @@ CORRECTED = ("recurrent_gemma", "nemotron_h")
 @pytest.mark.parametrize("padding", [0, 4])
 @torch.no_grad()
 def test_chained_slices_are_the_uncut_model(family, padding):
-    model, ids = component(family), tokens()
+    model, ids = scanned(component(family)), tokens()
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     live = mask.bool()
@@ -56,7 +56,7 @@ def test_corrected_families_are_still_wrong_uncut(family):
 @pytest.mark.parametrize("norm", [True, False])
 @torch.no_grad()
 def test_a_head_view_gives_the_uncut_logits(family, norm):
-    model, ids = component(family), tokens()
+    model, ids = scanned(component(family)), tokens()
     blueprint = ComponentBlueprint(ManticoreConfig.from_partition([model.config], 1).components[0])
     parts = torch.nn.ModuleDict(
         {

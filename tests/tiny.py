@@ -4,6 +4,7 @@ import torch
 import transformers as T
 
 from modeling_manticore.configuration_manticore import REFUSED_FAMILIES
+from modeling_manticore.scan_manticore import use_own_scan
 
 
 VOCAB = 64
@@ -198,6 +199,12 @@ def component(family: str, seed: int = 0, width: int | None = None, **changes) -
     for key, value in changes.items():
         setattr(config, key, value)
     return T.AutoModelForCausalLM.from_config(config).eval()
+
+
+def scanned(model: T.PreTrainedModel) -> T.PreTrainedModel:
+    """The model, with the scan of a hybrid in Mamba-1 layers (test_scan.py holds it against theirs)."""
+    use_own_scan(model)
+    return model
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.LongTensor:
