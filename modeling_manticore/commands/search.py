@@ -98,7 +98,7 @@ class SearchOptions:
         default=None,
         metadata={
             "help": "Gradient strategies: fit the projectors of new supernets before, and bridges after the search. "
-            "Default: only with --no_train_components or --order; where components train it gains nothing."
+            "Default: only with --train_components false or --order; where components train it gains nothing."
         },
     )
     divisions: int = field(default=4, metadata={"help": "sweep: weights are multiples of 1/divisions."})
