@@ -16,7 +16,7 @@ from modeling_manticore.hub.card_check import LOCAL_PATH, card_problems, check_c
 from modeling_manticore.hub.cards import architecture, render_card, template_file, write_card
 from modeling_manticore.hub.licences import LICENCES, licence_of_folder, licence_of_hybrid
 from modeling_manticore.hub.numbers import number
-from modeling_manticore.hub.picture import draw_hybrid
+from modeling_manticore.hub.picture import FRAME, draw_hybrid
 
 
 UNSURE = {"license": "unknown", "license_reason": "made in a test"}
@@ -370,6 +370,7 @@ def test_the_picture_has_every_slice_and_weight(supernet, hybrid, tmp_path):
     for word in ("gpt_neox", "mamba2", "[0:2]", "[2:4]", "[0:1]", "[1:3]", "0.713", "0.287", "gate routed"):
         assert f"<!-- {word}" in text, word
     assert draw_hybrid(supernet) == text
+    assert FRAME not in text and draw_hybrid(supernet, choice=[0, 1]).count(f"stroke: {FRAME}") == 2
     text = draw_hybrid(hybrid)
     assert "<!-- bridge -->" in text and "0.713" not in text
     config = ManticoreConfig.from_partition(
@@ -388,6 +389,8 @@ def test_pictures_refuse(supernet, tmp_path):
         draw_hybrid(supernet, tmp_path / "x.jpg")
     with pytest.raises(ValueError, match="weights: got"):
         draw_hybrid(supernet, weights=[[1.0], [0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"choice: got \[0, 2\]"):
+        draw_hybrid(supernet, choice=[0, 2])
     with pytest.raises(ValueError, match="names: got 1"):
         draw_hybrid(supernet, names=["a"])
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from modeling_manticore.search.history import by_component, points_in
 from modeling_manticore.search.pictures import draw_heat_map
 
 
-FILES = ["mixture_heatmap.png", "mixture_weights.png", "search.json"]
+FILES = ["hybrid.png", "mixture_heatmap.png", "mixture_weights.png", "search.json"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -24,7 +24,7 @@ def test_the_folder(variant, tmp_path):
     trainer.train()
     model = trainer.model
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == FILES
-    assert all((tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG") for name in FILES[:2])
+    assert all((tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG") for name in FILES[:3])
     saved = json.loads((tmp_path / "report" / "search.json").read_text())
     assert saved == json.loads(json.dumps(trainer.search_report.to_dict())) and saved["schema"] == 1
     assert saved["strategy"] == VARIANTS[variant][1]["strategy"] and saved["steps"] == 4
@@ -105,7 +105,10 @@ def test_without_matplotlib_there_is_json_and_a_warning(tmp_path, monkeypatch, c
     with caplog.at_level("WARNING"):
         trainer.train()
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["search.json"]
-    assert "matplotlib is not installed: mixture_heatmap.png and mixture_weights.png will not be drawn" in caplog.text
+    assert (
+        "matplotlib is not installed: mixture_heatmap.png, mixture_weights.png and hybrid.png will not be drawn"
+        in caplog.text
+    )
 
 
 def test_heat_maps(tmp_path):

@@ -10,6 +10,7 @@ from ..mixing_manticore import junctions
 
 
 COLOURS = ("#2f6fb2", "#c8662b", "#4b8f5b", "#8a5aa8", "#b23a55", "#5b7d8f", "#94812a", "#5f5f5f")
+FRAME = "#d62728"
 SMALL, NORMAL = 8.5, 10  # points
 BOX, END, LANE, PITCH = 0.74, 0.52, 0.46, 0.6  # inches: width of a path and of a stem, height of a box, lane to lane
 GAP, BRIDGE_GAP, CONTINUED_GAP = 0.44, 0.98, 0.3  # inches between columns that are mixed, bridged, continued
@@ -22,6 +23,7 @@ def draw_hybrid(
     *,
     weights: Sequence[Sequence[float]] | None = None,
     names: Sequence[str] | None = None,
+    choice: Sequence[int] | None = None,
 ) -> str | None:
     """
     Draw blocks (across) and components (down): slices, skip paths, bridges, stems, heads and mixture weights.
@@ -32,9 +34,11 @@ def draw_hybrid(
         weights: a point of the simplex over the paths of every block; by default the hybrid's own. A configuration
             alone has none, and none are drawn.
         names: of the components; by default the last part of their `source`, or the model type.
+        choice: a path of every block, which is framed.
 
     Raises:
-        ValueError: another suffix; not one list of weights a block and one weight a path; not one name a component.
+        ValueError: another suffix; not one list of weights a block and one weight a path; not one name a
+            component; not one path a block.
         ImportError: matplotlib is not installed.
     """
     config = getattr(hybrid, "config", hybrid)
@@ -48,8 +52,12 @@ def draw_hybrid(
     names = component_names(config) if names is None else list(names)
     if len(names) != len(config.components):
         raise ValueError(f"names: got {len(names)}, allowed is one for each of {len(config.components)} components.")
+    if choice is not None and (
+        len(choice) != len(config.blocks) or not all(p in range(len(b)) for p, b in zip(choice, config.blocks))
+    ):
+        raise ValueError(f"choice: got {choice!r}, allowed is one path of each of {len(config.blocks)} blocks.")
 
-    content = _render(_Drawing(config, weights, names).figure(), suffix[1:])
+    content = _render(_Drawing(config, weights, names, choice).figure(), suffix[1:])
     if file is None:
         return content.decode()
     target = Path(file)
@@ -87,8 +95,14 @@ def _middle(places: list[float]) -> float:
 class _Drawing:
     """Places, in inches, of everything in the picture of one configuration."""
 
-    def __init__(self, config: Any, weights: Sequence[Sequence[float]] | None, names: list[str]):
-        self.config, self.weights, self.names = config, weights, names
+    def __init__(
+        self,
+        config: Any,
+        weights: Sequence[Sequence[float]] | None,
+        names: list[str],
+        choice: Sequence[int] | None = None,
+    ):
+        self.config, self.weights, self.names, self.choice = config, weights, names, choice
         self.joints = junctions(config)
         self._place_lanes()
         self._place_columns()
@@ -161,7 +175,16 @@ class _Drawing:
         more = {"color": "#777777", "linewidth": 1.3, "zorder": 1, "solid_capstyle": "round"} | more
         self.axis.plot([x for x, _ in points], [y for _, y in points], **more)
 
-    def _box(self, x: float, y: float, width: float, colour: str, strength: float, height: float = LANE) -> str:
+    def _box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        colour: str,
+        strength: float,
+        height: float = LANE,
+        framed: bool = False,
+    ) -> str:
         """A rounded box with its left edge at x; returns the colour for text on it."""
         from matplotlib.colors import to_rgb
         from matplotlib.patches import FancyBboxPatch
@@ -174,8 +197,8 @@ class _Drawing:
             height,
             boxstyle=style,
             facecolor=face,
-            edgecolor=colour,
-            linewidth=1.3,
+            edgecolor=FRAME if framed else colour,
+            linewidth=2.6 if framed else 1.3,
             zorder=2,
         )
         self.axis.add_patch(box)
@@ -209,7 +232,8 @@ class _Drawing:
             point = self.weights[b] if self.weights is not None and len(block) > 1 else None
             for p, (k, y) in zip(self.config.real_paths(b), self._paths(b)):
                 strength = 0.8 if len(block) == 1 else 0.35 if point is None else 0.05 + 0.85 * point[p]
-                ink = self._box(left, y, width, self._colour(k), strength)
+                framed = self.choice is not None and self.choice[b] == p
+                ink = self._box(left, y, width, self._colour(k), strength, framed=framed)
                 slice_name = f"[{block[p]['start']}:{block[p]['stop']}]"
                 self._text(left + width / 2, y + 0.1 * (point is not None), slice_name, NORMAL, ink, zorder=3)
                 if point is not None:
@@ -217,7 +241,8 @@ class _Drawing:
             skip = self.config.skip_path(b)
             if skip is not None:
                 y = self._y(len(self.lanes))
-                self._line((left, y), (left + width, y), linestyle=(0, (3, 2)))
+                colour = FRAME if self.choice is not None and self.choice[b] == skip else "#777777"
+                self._line((left, y), (left + width, y), linestyle=(0, (3, 2)), color=colour)
                 note = "skip" if point is None else f"skip {point[skip]:.3f}"
                 self._text(left + width / 2, y + 0.11, note, SMALL)
 

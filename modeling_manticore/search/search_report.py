@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from ..building.costs import COST_KINDS, Budget, CostTable
 from ..building.discretize import usable_paths
 from ..building.limits import argmax_under
+from ..hub.picture import draw_hybrid
 from .history import by_component, path_names, path_owners, plot_mixtures
 from .pictures import can_draw, draw_heat_map
 from .stitch_report import slices_of, write_json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 1
-FILES = ("search.json", "mixture_heatmap.png", "mixture_weights.png")
+FILES = ("search.json", "mixture_heatmap.png", "mixture_weights.png", "hybrid.png")
 ARGUMENTS = (
     "max_steps",
     "num_train_epochs",
@@ -92,6 +93,7 @@ class SearchReport:
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
         discretized: what came of it, where the caller discretized: the choice, losses, costs.
+        config: the supernet's; for its picture, not in the JSON.
     """
 
     strategy: str
@@ -108,10 +110,13 @@ class SearchReport:
     best_evaluation: dict[str, dict[str, float]]
     best_checkpoint: str | None = None
     discretized: dict[str, Any] | None = None
+    config: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"schema": SCHEMA} | asdict(self)
+        values = asdict(replace(self, config=None))
+        del values["config"]
+        return {"schema": SCHEMA} | values
 
     def __str__(self) -> str:
         lines = [f"{'block':<6} {'entropy':>7}  mixture weights"]
@@ -135,8 +140,9 @@ class SearchReport:
     def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
         """
         Write `search.json`, and where matplotlib is installed `mixture_heatmap.png` (blocks x components, the weight
-        of a component summed over its paths in the block) and, given the logs, `mixture_weights.png` (the course over
-        the steps). Each file is replaced in one move.
+        of a component summed over its paths in the block), `hybrid.png` (the supernet as cards draw it, with the
+        chosen paths framed) and, given the logs, `mixture_weights.png` (the course over the steps). Each file is
+        replaced in one move.
 
         Raises:
             ValueError: the folder is a file.
@@ -146,7 +152,7 @@ class SearchReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILES[0], self.to_dict())
-        if not can_draw(" and ".join(FILES[1:])):
+        if not can_draw(f"{', '.join(FILES[1:-1])} and {FILES[-1]}"):
             return
         owners = [block["components"] for block in self.blocks]
         names, values = by_component([block["weights"] for block in self.blocks], owners)
@@ -155,6 +161,10 @@ class SearchReport:
         what = "largest" if self.choice_within_limits is None else "best within the limits"
         title = f"mixture weights of {self.strategy} after {self.steps} steps (frame: {what})"
         draw_heat_map(values, folder / FILES[1], names, title, "mixture weight", frame, share=True)
+        if self.config is not None:
+            draw_hybrid(
+                self.config, folder / FILES[3], weights=[block["weights"] for block in self.blocks], choice=kept
+            )
         if log_history is not None:
             plot_mixtures(log_history, folder / FILES[2], [block["paths"] for block in self.blocks])
 
@@ -204,6 +214,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
         costs=costs,
         best_evaluation=evaluated,
         best_checkpoint=Path(state.best_model_checkpoint).name if _best_is_loaded(trainer) else None,
+        config=hybrid.config,
     )
 
 
