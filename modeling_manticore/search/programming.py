@@ -132,6 +132,7 @@ def program(
             trainer.evaluate(ignore_keys=SIDE_OUTPUTS)
     found = [point.detach().cpu().tolist() for point in fresh.eval().mixture_weights()]
     report = ProgrammingReport(
+        config=model.config,
         tasks=weights,
         settings={task: _fields(setting) for task, setting in chosen.items()},
         strategy=strategy,

@@ -116,7 +116,8 @@ def stitch(
         for choice, loss in scorer.losses.items()
     ]
     owners = path_owners(model.config)
-    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners)
+    limits = {} if budget is None else budget.limits()
+    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners, limits, model.config)
     report.sort()
     if options is not None:
         started = time.perf_counter()
