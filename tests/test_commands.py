@@ -83,9 +83,11 @@ def test_search(folders, tmp_path, capsys):
     assert hybrid.config.is_discretized
     report = json.loads((Path(first) / "report" / "stitch.json").read_text())
     assert len(report["candidates"]) == 3 and "0.15" in report["candidates"][0]["tuned"]
-    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png", "components.png"} == {
+    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png", "components.png", "report.html"} == {
         path.name for path in (Path(first) / "report").iterdir()
     }
+    page = (Path(first) / "report" / "report.html").read_text()
+    assert "halving_tokens: 1000" in page and "max_attention_blocks: 1" in page and "text.txt" in page
     assert not main(["search"] + options(output_folder=second, strategy="sweep", divisions=2, **settings))
     assert "9 points, 2 divisions" in capsys.readouterr().out
     searched = AutoModelForCausalLM.from_pretrained(second)

@@ -48,9 +48,8 @@ def write(name, folder, **options):
     """The page of a made report, as text."""
     report = MADE[name]()
     if name == "search":
-        report.save(folder, **options)
-    else:
-        report.write_page(folder, **options)
+        report.save(folder)
+    report.write_page(folder, **options)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -80,6 +80,8 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
         "search.json",
         "mixture_heatmap.png",
         "mixture_weights.png",
+        "hybrid.png",
+        "report.html",
     }
     hybrid = AutoModelForCausalLM.from_pretrained(tmp_path / "found").eval()
     assert hybrid.config.is_discretized

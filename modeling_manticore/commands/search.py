@@ -180,9 +180,10 @@ def run(arguments: list[str]) -> None:
     found = RUNNERS[options.strategy](search)
     print(found.report)
     print(found.model.describe())
+    found.report.write_page(folder / "report", _recipe(search))
     found.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"The {found.kind} is in {folder}, the report in {folder / 'report'}")
+    print(f"The {found.kind} is in {folder}, the report in {folder / 'report'} (report.html)")
 
 
 def _check(options: SearchOptions, gradient: GradientOptions) -> None:
@@ -216,6 +217,16 @@ def _check(options: SearchOptions, gradient: GradientOptions) -> None:
         f"search_texts: given with strategy {name!r}, which trains no mixture; allowed is 'darts', or 'gaea' "
         "on darts.",
     )
+
+
+def _recipe(search: Search) -> dict[str, Any]:
+    """The options that were set, as the settings file that `manticore search` takes."""
+    parts = [search.options]
+    parts += [search.gradient] if search.options.strategy in GRADIENT else []
+    parts += [search.program] if search.options.strategy == "mad" else []
+    values = {name: value for part in parts for name, value in vars(part).items() if value is not None}
+    limits = {} if search.budget is None else search.budget.limits()
+    return values | {f"max_{kind}": limit for kind, limit in limits.items()}
 
 
 def _stitch(search: Search) -> Found:

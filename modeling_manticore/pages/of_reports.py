@@ -67,7 +67,7 @@ def search_page(values: Mapping[str, Any], config: Any, recipe: Any = None) -> P
             "Entropy of the mixture": line_chart(entropies, "step", "entropy (nats)"),
         },
         fronts=_fronts(rows, lambda row: -math.log(max(row["probability"], 1e-300)), "-ln probability"),
-        components=_components(config),
+        components=components_table(config),
         blocks=_blocks(config, values["blocks"], weights, kept),
         candidates=table,
         candidates_note="The likeliest hybrids under the mixture weights; lower is likelier in the charts.",
@@ -123,7 +123,7 @@ def stitch_page(values: Mapping[str, Any], config: Any, recipe: Any = None) -> P
         if config is None
         else [Picture(config, frames, start=0, title="Candidates in the supernet", of="candidates")],
         fronts=_fronts(rows, lambda row: row["loss"], "loss (nats)"),
-        components=_components(config),
+        components=components_table(config),
         blocks=_blocks(config, None, taken, best["choice"], f"share of the best {len(rows[: values['keep']])}"),
         candidates=Table(columns, content, FORMATS),
         candidates_note=_cut(count) + "Loss: nats per token, held out, without training. Lower left is better.",
@@ -159,7 +159,7 @@ def sweep_page(values: Mapping[str, Any], config: Any, recipe: Any = None) -> Pa
         facts={"points": f"{len(points):,}", "divisions": str(values["divisions"])},
         pictures=[] if config is None else [Picture(config, frames, start=0, title="Supernet", of="candidates")],
         fronts=charts,
-        components=_components(config),
+        components=components_table(config),
         blocks=_blocks(config, None, points[0]["weights"], None, "weight at the best point"),
         candidates=Table(["rank", "loss", *(f"block {b}" for b in blocks)], content),
         candidates_note=_cut(len(points))
@@ -208,7 +208,7 @@ def programming_page(values: Mapping[str, Any], config: Any, recipe: Any = None)
             "Accuracy": line_chart(course["accuracy"], "step", "accuracy"),
             "Losses": line_chart(course["loss"], "step", "loss (nats)"),
         },
-        components=_components(config),
+        components=components_table(config),
         blocks=_blocks(config, names, weights, values["choice"]),
         tables={"Tasks": Table(["task", "weight", "accuracy before", "accuracy after", "loss after"], rows)},
         recipe=recipe or {name: values[name] for name in ("strategy", "steps", "seed", "tasks", "settings")},
@@ -217,7 +217,8 @@ def programming_page(values: Mapping[str, Any], config: Any, recipe: Any = None)
 
 
 # ---------------------------------------------------------------------- parts that pages share
-def _components(config: Any) -> Table | None:
+def components_table(config: Any) -> Table | None:
+    """One row a component; None without a configuration."""
     if config is None:
         return None
     rows = [

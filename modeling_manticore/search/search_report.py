@@ -143,15 +143,12 @@ class SearchReport:
             lines.append(f"held-out loss: supernet {found['supernet_loss']:.4f}, hybrid {found['loss']:.4f} nats")
         return "\n".join(lines)
 
-    def save(self, folder: str | Path, log_history: list[dict] | None = None, recipe: Any = None) -> None:
+    def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
         """
         Write `search.json`, the same as a page in `report.html`, and where matplotlib is installed
         `mixture_heatmap.png` (blocks x components, the weight of a component summed over its paths in the block),
         `hybrid.png` (the supernet as cards draw it, with the chosen paths framed) and, given the logs,
         `mixture_weights.png` (the course over the steps). Each file is replaced in one move.
-
-        Args:
-            recipe: plain values that say how the search was started, for the page.
 
         Raises:
             ValueError: the folder is a file.
@@ -161,7 +158,7 @@ class SearchReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILES[0], self.to_dict())
-        search_page(self.to_dict(), self.config, recipe).write(folder)
+        self.write_page(folder)
         if not can_draw(f"{', '.join(FILES[1:3])} and {FILES[3]}"):
             return
         owners = [block["components"] for block in self.blocks]
@@ -177,6 +174,10 @@ class SearchReport:
             )
         if log_history is not None:
             plot_mixtures(log_history, folder / FILES[2], [block["paths"] for block in self.blocks])
+
+    def write_page(self, folder: str | Path, recipe: Any = None) -> None:
+        """Write `report.html`; `recipe` are plain values that say how the search was started."""
+        search_page(self.to_dict(), self.config, recipe).write(folder)
 
 
 def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
@@ -213,7 +214,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
     losses: dict[str, list[list[float]]] = {}
     for entry in state.log_history:
         for key, value in entry.items():
-            if key == "loss" or EVALUATION_LOSS.fullmatch(key):
+            if key in ("loss", "search_loss") or EVALUATION_LOSS.fullmatch(key):
                 losses.setdefault(key, []).append([entry["step"], value])
     return SearchReport(
         strategy=trainer.strategy.name,
