@@ -73,39 +73,48 @@ class SearchOptions:
     components: list[str] | None = field(
         default=None, metadata={"help": "Instead of model: repositories or local folders, two or more."}
     )
-    num_blocks: int | None = field(default=None, metadata={"help": "With components: cut each evenly in so many."})
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "With components: cut each evenly into so many blocks."}
+    )
     strategy: str = field(default="stitch", metadata={"help": f"{', '.join(STRATEGIES)}; see below."})
     score_texts: list[str] | None = field(default=None, metadata={"help": "Held-out texts to score on."})
     rows: int | None = field(
         default=None,
         metadata={
-            "help": f"Rows of each of the two kinds of text ({DEFAULT_ROWS}; gradient strategies: as many as the "
-            "steps take)."
+            "help": f"Rows of each of the two kinds of text (default: {DEFAULT_ROWS}; gradient strategies: as many as "
+            "the steps take)."
         },
     )
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     limit: int | None = field(
-        default=None, metadata={"help": "Score all hybrids up to so many (256; sweep: 1024 points)."}
+        default=None, metadata={"help": "Score all hybrids up to so many (default: 256; sweep: 1024 points)."}
     )
     beam: int = field(default=8, metadata={"help": "stitch: beginnings kept at every block beyond the limit."})
     keep: int = field(default=5, metadata={"help": "stitch: hybrids in the printed table."})
     order: str | None = field(
         default=None,
-        metadata={"help": "parallel or sequential bridges (stitch: parallel; gradient strategies: sequential)."},
+        metadata={"help": "Bridges, parallel or sequential (default: parallel for stitch, else sequential)."},
     )
     divisions: int = field(default=4, metadata={"help": "sweep: weights are multiples of 1/divisions."})
     halving: bool = field(
         default=False, metadata={"help": "stitch: fine-tune the best half and quarter a little, rank again."}
     )
     halving_tokens: int = field(
-        default=1_000_000, metadata={"help": "stitch: the whole budget that 5 and 15 %% are of."}
+        default=1_000_000, metadata={"help": "stitch: tokens of the whole budget, of which 5 and 15 %% are taken."}
     )
-    halving_learning_rate: float = field(default=3e-4, metadata={"help": "stitch: of those fine-tunings."})
+    halving_learning_rate: float = field(
+        default=3e-4, metadata={"help": "stitch: learning rate of those fine-tunings."}
+    )
     context: int | None = field(
-        default=None, metadata={"help": "stitch: context at which FLOPs are counted; at most 2048."}
+        default=None,
+        metadata={
+            "help": "stitch: tokens of context at which FLOPs are counted (default: the hybrid's, at most 2048)."
+        },
     )
-    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    )
 
 
 @dataclass
@@ -134,13 +143,15 @@ class Found(NamedTuple):
     report: Any
 
 
+KINDS = (SearchOptions, LimitOptions, GradientOptions, ProgramOptions)
+
+
 def run(arguments: list[str]) -> None:
     """
     Raises:
         ValueError: bad options, components, texts, or limits that no hybrid meets.
     """
-    kinds = (SearchOptions, LimitOptions, GradientOptions, ProgramOptions)
-    options, limits, gradient, program = parse_options(kinds, arguments, "search", __doc__, explanation())
+    options, limits, gradient, program = parse_options(KINDS, arguments, "search", explanation())
     _check(options, gradient)
     require_positive(program, "task_length", "program_steps")
     tasks = task_weights_of(program)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..building.texts import batches_of
 from ..pages.of_reports import sweep_page
+from ..progress import progress_bar
 from .history import by_component, path_owners
 from .pictures import can_draw, draw_heat_map, new_figure, write_figure
 from .slices import held_out_loss
@@ -136,8 +136,8 @@ def sweep(
         for end in {0, len(paths) - 1}:  # stems and heads need weight on a component
             grids[end] = [w for w in grids[end] if any(w[p] for p in model.config.real_paths(end))]
         grid = itertools.product(*grids)
-        with tqdm(
-            grid, total=math.prod(map(len, grids)), desc="sweep", unit="point", disable=not progress, leave=False
+        with progress_bar(
+            grid, total=math.prod(map(len, grids)), desc="sweep", unit="point", show=progress, leave=False
         ) as bar:
             for weights in bar:
                 model.set_mixture_weights(list(weights))
