@@ -157,16 +157,32 @@ def test_a_folder_goes_along_without_local_paths(saved, hub):
 
 
 # ---------------------------------------------------------------------- in a browser
+SLOW = """
+import runpy, sys, time, torch
+from transformers import PreTrainedModel
+forward = torch.nn.Module.__call__
+def slow(self, *inputs, **options):
+    if isinstance(self, PreTrainedModel) and self.config.model_type == "manticore" and hasattr(self, "heads"):
+        time.sleep(0.03)
+    return forward(self, *inputs, **options)
+torch.nn.Module.__call__ = slow
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""  # a tiny hybrid writes faster than a browser shows
+
+
 @pytest.fixture
 def running(written):
-    """The address of the app, run as a user runs it."""
+    """The address of the app, run as a user runs it, but that the hybrid takes 30 ms a token."""
     pytest.importorskip("gradio", reason="gradio is not installed (extra space)")
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONUNBUFFERED": "1"}
     log = written.parent / "app.log"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(written / "app.py")], stdout=file, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, "-c", SLOW, str(written / "app.py")],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
     try:
         end = time.monotonic() + 180
@@ -189,12 +205,15 @@ def test_type_stream_compare(running, tmp_path, app):
         tab.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
         tab.run("document.querySelector('#prompt textarea').focus()")
         tab.call("Input.insertText", text="The list of")
-        boxes = "[0, 1, 2].map(i => document.querySelector(`#answer${i} textarea`).value)"
+        # What untrained models write has control characters, which a text box does not keep.
+        boxes = "[0, 1, 2].map(i => document.querySelector(`#answer${i} textarea`).value.replace(/[^A-Za-z0-9]/g, ''))"
+        plain = [re.sub("[^A-Za-z0-9]", "", text) for text in expected]
         tab.run(f"window.seen = new Set(); window.watch = setInterval(() => window.seen.add({boxes}[0]), 5); 1")
         tab.move("#compare input", click=True)
         tab.move("#write", click=True)
-        tab.wait(f"JSON.stringify({boxes}) === {json.dumps(json.dumps(expected, ensure_ascii=False))}")
-        assert tab.run("window.seen.size") > 3  # it came piece by piece
+        tab.wait(f"JSON.stringify({boxes}) === JSON.stringify({json.dumps(plain)})")
+        seen = tab.run("[...window.seen]")
+        assert len(seen) >= 3 and all(plain[0].startswith(text) for text in seen)  # it came word by word
         assert tab.run("document.querySelectorAll('#picture svg').length") == 1
         kept = screenshots(tmp_path)
         tab.screenshot(kept / "space_light.png")
@@ -204,9 +223,7 @@ def test_type_stream_compare(running, tmp_path, app):
             other.wait("!!document.querySelector('#write')")
             time.sleep(1)
             other.screenshot(kept / f"space_{kind}.png")
-        problems = [text for text in tab.problems if running in text]
-        print(tab.problems, {r for r in tab.requests if not r.startswith(running)}, Path(tmp_path))
-        assert not problems
+        assert not tab.problems
     finally:
         browser.close()
 
