@@ -186,6 +186,6 @@ def _fill_in(folder: Path, config: ManticoreConfig, settings: dict[str, Any]) ->
     )
     (folder / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     try:
-        draw_hybrid(config, folder / "hybrid.svg")
+        draw_hybrid(config, folder / "hybrid.svg", page="hybrid")
     except ImportError:
         return

@@ -92,11 +92,12 @@ def build():
             raise gradio.Error(html.escape(str(error))) from error
 
     picture = (HERE / "hybrid.svg").read_text(encoding="utf-8") if (HERE / "hybrid.svg").is_file() else ""
-    frame = "overflow-x:auto;background:#fff;border-radius:8px;padding:8px"
+    dark = "<style>.dark #picture svg { filter: invert(1) hue-rotate(180deg); }</style>"
     with gradio.Blocks(title=SETTINGS["title"]) as page:
         gradio.HTML(f"<h1>{html.escape(SETTINGS['title'])}</h1><p>{html.escape(SETTINGS['text'])}</p>")
         if picture:
-            gradio.HTML(f'<div style="{frame}">{picture[picture.index("<svg") :]}</div>', elem_id="picture")
+            drawn = f'{dark}<div style="overflow-x: auto">{picture[picture.index("<svg") :]}</div>'
+            gradio.HTML(drawn, elem_id="picture")
         prompt = gradio.Textbox(label="Prompt", lines=3, placeholder="In the beginning", elem_id="prompt")
         with gradio.Row():
             tokens = gradio.Slider(8, 512, value=64, step=8, label="New tokens at most")
