@@ -84,6 +84,10 @@ def test_from_components_to_a_measured_hybrid_and_again(folder, capsys):
     results = json.loads((folder / "runs/tiny/evaluate/results.json").read_text())
     assert 0 < results["texts"]["held-out.txt"]["loss"] < 20
     weights = load_file(place / "model.safetensors")
+    page = (folder / "runs/tiny/report.html").read_text()
+    for told in ("Build of tiny", "Candidates in the supernet", "The hybrid"):
+        assert told in page
+    assert all(f"<td>{stage}</td>" in page for stage in RUN) and "held-out.txt" in page and "picture1-box-0-0" in page
 
     assert build(recipe_from_dict(SETTINGS)) == place and ran(capsys) == []
     assert not list((folder / "runs/tiny").glob(".*"))

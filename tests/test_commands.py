@@ -83,9 +83,11 @@ def test_search(folders, tmp_path, capsys):
     assert hybrid.config.is_discretized
     report = json.loads((Path(first) / "report" / "stitch.json").read_text())
     assert len(report["candidates"]) == 3 and "0.15" in report["candidates"][0]["tuned"]
-    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png", "components.png"} == {
+    assert {"stitch.json", "halving.json", "pareto.png", "blocks.png", "components.png", "report.html"} == {
         path.name for path in (Path(first) / "report").iterdir()
     }
+    page = (Path(first) / "report" / "report.html").read_text()
+    assert "halving_tokens: 1000" in page and "max_attention_blocks: 1" in page and "text.txt" in page
     assert not main(["search"] + options(output_folder=second, strategy="sweep", divisions=2, **settings))
     assert "9 points, 2 divisions" in capsys.readouterr().out
     searched = AutoModelForCausalLM.from_pretrained(second)
@@ -237,10 +239,8 @@ def test_help_is_complete(command, capsys):
 
 def test_scripts_are_the_commands():
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-    names = ("plan", "build", "compose", "train", "search", "discretize", "evaluate", "push", "verify", "report")
-    commands = {"quickstart": "demo", "run_mad": "mad", "run_experiment": "experiment"} | {
-        name: name for name in names
-    }
+    renamed = {"demo": "quickstart", "mad": "run_mad", "experiment": "run_experiment"}
+    commands = {renamed.get(name, name): name for name in COMMANDS}
     assert scripts.keys() == commands.keys()
     done = subprocess.run(
         [sys.executable, scripts["quickstart"], "--help"], capture_output=True, text=True, timeout=120, check=True

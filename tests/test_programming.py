@@ -119,7 +119,11 @@ def test_several_tasks_and_the_report(tmp_path, monkeypatch):
         assert task in str(report)
     assert report.course[1][0][0] == (0, 0.5) and report.course[1][0][-1][1] == pytest.approx(report.weights[1][0])
     assert "gpt_neox[0:1]" in str(report) and "8 steps" in str(report)
-    assert {file.name for file in (tmp_path / "a" / "report").iterdir()} == {"programming.json", "mixture_weights.png"}
+    assert {file.name for file in (tmp_path / "a" / "report").iterdir()} == {
+        "programming.json",
+        "mixture_weights.png",
+        "report.html",
+    }
     assert ProgrammingReport.load(tmp_path / "a" / "report") == report
     assert json.loads((tmp_path / "a" / "report" / "programming.json").read_text())["weights"] == report.weights
     with pytest.raises(ValueError, match="allowed is a folder with a programming.json"):

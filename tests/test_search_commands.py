@@ -79,6 +79,7 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
         "hybrid.png",
         "mixture_heatmap.png",
         "mixture_weights.png",
+        "report.html",
     }
     hybrid = AutoModelForCausalLM.from_pretrained(tmp_path / "found").eval()
     assert hybrid.config.is_discretized

@@ -14,7 +14,7 @@ from modeling_manticore.search.history import by_component, points_in
 from modeling_manticore.search.pictures import draw_heat_map
 
 
-FILES = ["hybrid.png", "mixture_heatmap.png", "mixture_weights.png", "search.json"]
+FILES = ["hybrid.png", "mixture_heatmap.png", "mixture_weights.png", "report.html", "search.json"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -104,7 +104,7 @@ def test_without_matplotlib_there_is_json_and_a_warning(tmp_path, monkeypatch, c
     trainer = trainer_of("darts", tmp_path, max_steps=1)
     with caplog.at_level("WARNING"):
         trainer.train()
-    assert [path.name for path in (tmp_path / "report").iterdir()] == ["search.json"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "search.json"]
     assert (
         "matplotlib is not installed: mixture_heatmap.png, mixture_weights.png and hybrid.png will not be drawn"
         in caplog.text

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..mixing_manticore import Junction, Projector, junctions, pad
+from ..progress import progress_bar
 from .alignment import align_batches
 from .ridge import Regression
 from .states import Batch, ComponentStates, block_and_head_gates, boundaries, stem_and_block_gates
@@ -163,7 +163,7 @@ def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: b
             )
         regressions.append(Regression(projector.in_features, projector.out_features, projector.weight.device))
     every = min(HELD_OUT_EVERY, len(batches))
-    for i, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress, leave=False)):
+    for i, batch in enumerate(progress_bar(batches, desc="calibrating", unit="batch", show=progress, leave=False)):
         memory: dict = {}
         for problem, regression in zip(problems, regressions):
             x, y = (batch.tokens(side, problem.aligned_with) for side in problem.pair((batch, memory)))

@@ -5,20 +5,58 @@ from importlib import import_module
 
 
 COMMANDS = {
-    "demo": "two small pretrained models become one hybrid: the whole path in a few minutes",
-    "plan": "say what a recipe would make and take, from configurations and headers, without downloading weights",
+    "demo": "make one hybrid out of two small pretrained models: the whole path in a few minutes",
+    "plan": "say what a recipe would make and take, without downloading weights",
     "build": "make a recipe's hybrid stage by stage, from its components to its repository; what is done is skipped",
     "compose": "cut pretrained components into a supernet, calibrate its projectors, save it",
     "train": "train a saved hybrid: its projectors, its mixture weights, or everything",
     "search": "find the best discrete hybrid, without training or by gradient, under limits on its cost",
-    "discretize": "keep one path per block of a saved supernet, with fitted bridges, save it",
+    "discretize": "keep one path per block of a saved supernet, fit its bridges, save it",
+    "describe": "tell the architecture of a saved hybrid: slices, bridges, sizes",
+    "evaluate": "measure loss, perplexity and next-token accuracy of a saved model on texts",
     "mad": "train small models, or a small hybrid, on the six synthetic tasks of MAD, and measure them",
     "experiment": "run a grid of models, tasks, learning rates and seeds in parallel; what is finished is skipped",
     "report": "tables with intervals, pictures, and what holds of what was claimed, out of the runs of experiments",
     "push": "push a saved hybrid to the Hub, with its code and card, in one commit",
-    "verify": "compare the code that travels with a hybrid with the installed release",
-    "evaluate": "loss, perplexity and next-token accuracy of a saved model on texts",
+    "verify": "compare the code that travels with a hybrid with that of the installed release",
+    "space": "push a Gradio Space in which a hybrid can be tried in a browser",
+    "completion": "print a completion script for bash, zsh or fish",
 }
+POSITIONAL = {
+    "plan": "RECIPE",
+    "build": "RECIPE",
+    "describe": "MODEL",
+    "push": "FOLDER REPO_ID",
+    "verify": "SOURCE",
+    "space": "REPO",
+    "experiment": "FILE.yaml",
+    "report": "FILE.yaml ...",
+    "completion": "SHELL",
+}
+NOTHING = "Nothing was written; the same command starts again."
+RESUME = {
+    "demo": "Components that were trained are kept; the same command goes on with the rest.",
+    "build": "Finished stages are kept; the same command goes on with the one that was stopped.",
+    "search": "At most the folder report was written; the same command starts again, with --halving from the "
+    "fine-tunings in it.",
+    "train": "No training had begun; the same command starts again.",
+    "mad": "Finished settings are in the output file; the same command goes on with the rest.",
+    "experiment": "Finished runs are kept; the same command goes on with the rest.",
+    "push": "The repository is as it was or has the whole commit; the same command tries again.",
+    "space": "The Space is as it was or has the whole commit; the same command tries again.",
+}
+ENDING = """
+manticore COMMAND --help lists the options of a command. A settings file has the
+same names, without the dashes; options after it win.
+
+Exit codes: 0 done; 1 the task failed (the Hub, the network, the disk, a check
+that did not pass); 2 bad usage (an option, a file or a model that is not
+allowed); 130 stopped by Ctrl-C, which leaves nothing half-written and says how
+to go on. Errors are one line on standard error.
+
+Progress is shown on standard error, as bars on a terminal and else as a line
+now and then. For completion: eval "$(manticore completion bash)"
+"""
 
 
 def usage() -> str:
@@ -26,13 +64,13 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: manticore COMMAND [FILE.yaml | FILE.json] [--option value ...]", "", "commands:"]
     lines += [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "manticore COMMAND --help lists the options of a command."])
+    return "\n".join(lines) + "\n" + ENDING.rstrip()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Run a sub-command. Returns 0, or 2 after printing `manticore: error: ...` for a ValueError; any other exception
-    is a defect and passes through.
+    Run a sub-command and return its exit code, after printing `manticore: error: ...` in one line where it failed: 0,
+    1 or 2 as `usage` says, 130 after Ctrl-C. Any other exception is a defect and passes through.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -42,8 +80,30 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments or arguments[0] not in COMMANDS:
             given = repr(arguments[0]) if arguments else "nothing"
             raise ValueError(f"command: got {given}, allowed are {', '.join(COMMANDS)}.")
+        _plain_without_terminal()
         import_module(f".{arguments[0]}", __name__).run(arguments[1:])
+        sys.stdout.flush()
     except ValueError as error:
-        print(f"manticore: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(error, getattr(error, "exit_code", 2))
+    except BrokenPipeError:  # who reads our output has seen enough
+        sys.stdout = None
+        return 0
+    except OSError as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt as stop:
+        print(f"\nmanticore: stopped. {str(stop) or RESUME.get(arguments[0], NOTHING)}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _failed(error: Exception, code: int) -> int:
+    print(f"manticore: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _plain_without_terminal() -> None:
+    """No bars of transformers where nobody watches; ours are lines then."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

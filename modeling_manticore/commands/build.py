@@ -8,9 +8,7 @@ from .plan import recipe_first
 
 @dataclass
 class BuildOptions:
-    recipe: str = field(
-        metadata={"help": "A .yaml file, or the name of a shipped recipe; may stand without --recipe."}
-    )
+    recipe: str = field(metadata={"help": "A .yaml file, or the name of a shipped recipe."})
     dry_run: bool = field(default=False, metadata={"help": "Plan, and say which stages would run; write nothing."})
     from_stage: str | None = field(
         default=None,
@@ -20,8 +18,11 @@ class BuildOptions:
         },
     )
     cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept; default ~/.cache/manticore."}
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
     )
+
+
+KINDS = (BuildOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: the file is no recipe, or the recipe cannot be built; names all problems.
     """
-    (options,) = parse_options(BuildOptions, recipe_first(arguments), "build", __doc__)
+    (options,) = parse_options(KINDS, recipe_first(arguments), "build")
 
     from ..hub.build import build
     from ..hub.recipes import load_recipe

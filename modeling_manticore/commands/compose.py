@@ -18,13 +18,20 @@ class ComposeOptions:
             '{"component": 0, "start": 0, "stop": 3}.'
         },
     )
-    gate: str = field(default="routed", metadata={"help": "routed, mixture, none or learned."})
-    mixture: str = field(default="softmax", metadata={"help": "softmax, gumbel_softmax or simplex."})
+    gate: str = field(default="routed", metadata={"help": "Gate of the projectors: routed, mixture, none or learned."})
+    mixture: str = field(
+        default="softmax",
+        metadata={"help": "Parametrisation of the mixture weights: softmax, gumbel_softmax or simplex."},
+    )
     project_ends: bool = field(default=True, metadata={"help": "Projectors between stems, heads and the stream."})
-    projector_init: str = field(default="identity", metadata={"help": "identity or random, before calibration."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the stream; default the widest."})
+    projector_init: str = field(
+        default="identity", metadata={"help": "Projectors before calibration: identity or random."}
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the stream (default: of the widest component)."}
+    )
     tokenizer_from: int = field(default=0, metadata={"help": "Index of the component whose tokenizer is used."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow components with code of their own."})
     calibration_texts: list[str] | None = field(
         default=None,
@@ -33,8 +40,13 @@ class ComposeOptions:
     calibration_rows: int = field(default=256, metadata={"help": "Rows of calibration text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
-    order: str = field(default="sequential", metadata={"help": "sequential or parallel; see `calibrate`."})
-    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    order: str = field(default="sequential", metadata={"help": "Order of calibration: sequential or parallel."})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    )
+
+
+KINDS = (ComposeOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -42,7 +54,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options or components.
     """
-    (options,) = parse_options(ComposeOptions, arguments, "compose", __doc__)
+    (options,) = parse_options(KINDS, arguments, "compose")
     require_positive(options, "num_blocks", "calibration_rows", "row_length", "batch_size")
     require(
         (options.num_blocks is None) != (options.blocks is None),

@@ -11,7 +11,7 @@ class DemoOptions:
         default="runs/demo", metadata={"help": "Where the hybrid, table and plots are written."}
     )
     cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts and trained components are kept; default ~/.cache/manticore."}
+        default=None, metadata={"help": "Where texts and trained components are kept (default: ~/.cache/manticore)."}
     )
     texts: list[str] = field(
         default_factory=lambda: ["bible", "python"],
@@ -28,11 +28,13 @@ class DemoOptions:
         },
     )
     num_blocks: int = field(default=2, metadata={"help": "Blocks that every component is cut into."})
-    gate: str = field(default="routed", metadata={"help": "routed, mixture, none or learned."})
+    gate: str = field(default="routed", metadata={"help": "Gate of the projectors: routed, mixture, none or learned."})
     steps: int = field(default=150, metadata={"help": "Training steps of every fine-tuned row."})
-    search_steps: int | None = field(default=None, metadata={"help": "Steps of the search; default 2/3 of steps."})
+    search_steps: int | None = field(
+        default=None, metadata={"help": "Training steps of the search (default: 2/3 of steps)."}
+    )
     component_steps: int | None = field(
-        default=None, metadata={"help": "Training steps of the demo's own components; default 3 times steps."}
+        default=None, metadata={"help": "Training steps of the demo's own components (default: 3 times steps)."}
     )
     batch_size: int = field(default=8, metadata={"help": "Rows per step."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
@@ -41,17 +43,17 @@ class DemoOptions:
     learning_rates: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of continued training of each component; default 4e-3 for the demo's own, 1e-4 for "
-            "given ones."
+            "help": "Learning rate of continued training of each component (default: 4e-3 for the demo's own, 1e-4 "
+            "for given ones)."
         },
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the hybrids' fine-tuning; default 2e-3, with given components 1e-4."},
+        metadata={"help": "Learning rate of the hybrids' fine-tuning (default: 2e-3, with given components 1e-4)."},
     )
     search_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of weights in the search; default 1e-3, with given components 1e-4."},
+        metadata={"help": "Learning rate of weights in the search (default: 1e-3, with given components 1e-4)."},
     )
     mixture_learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the mixture weights."})
     component_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the demo's components."})
@@ -106,12 +108,15 @@ class DemoOptions:
             self.component_steps = 3 * self.steps
 
 
+KINDS = (DemoOptions,)
+
+
 def run(arguments: list[str]) -> None:
     """
     Raises:
         ValueError: bad options, texts or components.
     """
-    (options,) = parse_options(DemoOptions, arguments, "demo", __doc__)
+    (options,) = parse_options(KINDS, arguments, "demo")
 
     from transformers.utils import logging
 

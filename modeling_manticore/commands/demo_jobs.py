@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+
+from ..progress import progress_bar
 
 
 PROGRESS = "progress: "  # what a training process puts before the lines meant for its parent
@@ -126,10 +127,7 @@ def _run(job: Job, places: queue.SimpleQueue, running: list, lock: threading.Loc
 
 
 def _follow(process: subprocess.Popen, job: Job, place: int) -> None:
-    interval = 0.5 if sys.stderr.isatty() else 20
-    with tqdm(
-        total=job.steps, desc=f"{job.name:<28}", unit="step", position=place, mininterval=interval, maxinterval=60
-    ) as bar:
+    with progress_bar(total=job.steps, desc=f"{job.name:<28}", unit="step", position=place, maxinterval=60) as bar:
         for line in process.stdout:
             if not line.startswith(PROGRESS):
                 continue

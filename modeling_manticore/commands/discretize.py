@@ -1,5 +1,6 @@
 """`manticore discretize`: a supernet in a folder -> a hybrid with one path per block in another."""
 
+import json
 from dataclasses import dataclass, field
 
 from .limits import LimitOptions
@@ -21,8 +22,11 @@ class DiscretizeOptions:
     calibration_rows: int = field(default=256, metadata={"help": "Rows of calibration text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
-    order: str = field(default="sequential", metadata={"help": "sequential or parallel; see `calibrate`."})
-    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    order: str = field(default="sequential", metadata={"help": "Order of calibration: sequential or parallel."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    )
 
 
 def parse_choice(choice: str) -> str | list[int]:
@@ -40,16 +44,20 @@ def parse_choice(choice: str) -> str | list[int]:
         raise ValueError(f"choice: got {choice!r}, allowed are 'argmax' and indices such as 0,1,1,0.") from error
 
 
+KINDS = (DiscretizeOptions, LimitOptions)
+
+
 def run(arguments: list[str]) -> None:
     """
     Raises:
         ValueError: bad options, model or choice.
     """
-    options, limits = parse_options((DiscretizeOptions, LimitOptions), arguments, "discretize", __doc__)
+    options, limits = parse_options(KINDS, arguments, "discretize")
     require_positive(options, "calibration_rows", "row_length", "batch_size")
     choice, budget = parse_choice(options.choice), limits.budget()
 
     from .. import discretize
+    from ..hub.cards import architecture
     from .models import check_output, load_hybrid, load_tokenizer, rows_of
 
     folder = check_output(options.output_folder)
@@ -69,7 +77,11 @@ def run(arguments: list[str]) -> None:
         batch_size=options.batch_size,
         budget=budget,
     )
-    print(hybrid.describe())
+    if not options.json:
+        print(hybrid.describe())
     hybrid.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"The hybrid is in {folder}")
+    if options.json:
+        print(json.dumps({"folder": str(folder)} | architecture(hybrid), indent=2))
+    else:
+        print(f"The hybrid is in {folder}")

@@ -14,24 +14,25 @@ LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_S
 
 @dataclass
 class ExperimentOptions:
-    experiment: str = field(
-        metadata={"help": "A .yaml file (docs/experiments.md says what is in it); may stand without --experiment."}
-    )
+    experiment: str = field(metadata={"help": "A .yaml file; docs/experiments.md says what is in it."})
     workers: int | None = field(
         default=None, metadata={"help": "Processes of one thread each, in place of the file's number."}
     )
     shard: str | None = field(
         default=None,
         metadata={
-            "help": "i/n: only the i-th of n parts of the grid, for a job array. Processes of torchrun, mpirun and "
-            "accelerate launch take their own parts without it."
+            "help": "Of the form i/n: only the i-th of n parts of the grid, for a job array. Processes of torchrun, "
+            "mpirun and accelerate launch take their own parts without it."
         },
     )
     cache: str | None = field(
-        default=None, metadata={"help": "Folder of finished runs; default ~/.cache/manticore/experiments."}
+        default=None, metadata={"help": "Folder of finished runs (default: ~/.cache/manticore/experiments)."}
     )
     output: str | None = field(default=None, metadata={"help": "Folder of results, in place of the file's."})
     dry_run: bool = field(default=False, metadata={"help": "Say what would run and what is finished; run nothing."})
+
+
+KINDS = (ExperimentOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, or the file is no experiment.
     """
-    (options,) = parse_options(ExperimentOptions, experiment_first(arguments), "experiment", __doc__)
+    (options,) = parse_options(KINDS, experiment_first(arguments), "experiment")
     require(
         options.workers is None or options.workers >= 1,
         f"workers: got {options.workers}, allowed is a positive integer.",

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 class LimitOptions:
     _argument_group_name: ClassVar[str] = "hard limits of the hybrid"
 
-    max_attention_blocks: int | None = field(default=None, metadata={"help": "Blocks with attention."})
-    max_parameters: int | None = field(default=None, metadata={"help": "Parameters."})
+    max_attention_blocks: int | None = field(default=None, metadata={"help": "At most so many blocks with attention."})
+    max_parameters: int | None = field(default=None, metadata={"help": "At most so many parameters."})
     max_cache_bytes_per_token: int | None = field(
-        default=None, metadata={"help": "Bytes that keys and values grow by per token."}
+        default=None, metadata={"help": "At most so many bytes that keys and values grow by per token."}
     )
-    max_flops_per_token: float | None = field(default=None, metadata={"help": "Floating-point operations of a token."})
+    max_flops_per_token: float | None = field(
+        default=None, metadata={"help": "At most so many floating-point operations per token."}
+    )
 
     def budget(self) -> "Budget | None":
         """

@@ -12,11 +12,16 @@ class MadOptions:
         default="cpu",
         metadata={"help": "cpu: the six tasks, small, in minutes; paper: the whole grid (prints its cost first)."},
     )
-    architecture: str = field(default="hybrid", metadata={"help": "gpt_neox, mamba2 or hybrid (half of each)."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks."})
-    epochs: int | None = field(default=None, metadata={"help": "Instead of the preset's."})
-    seed: int = field(default=0, metadata={"help": "Of the rows, the weights and the order of rows."})
-    yes: bool = field(default=False, metadata={"help": "Start the preset paper."})
+    architecture: str = field(
+        default="hybrid", metadata={"help": "What is trained: gpt_neox, mamba2 or hybrid (half of each)."}
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks (default: the preset's)."})
+    epochs: int | None = field(default=None, metadata={"help": "Epochs of every run (default: the preset's)."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rows, the weights and the order of rows."})
+    yes: bool = field(default=False, metadata={"help": "Start the preset paper without a question."})
+
+
+KINDS = (MadOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -24,7 +29,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, or the preset paper without --yes.
     """
-    (options,) = parse_options(MadOptions, arguments, "mad", __doc__)
+    (options,) = parse_options(KINDS, arguments, "mad")
     require(options.seed >= 0, f"seed: got {options.seed}, allowed is an integer of at least 0.")
 
     from ..tasks.mad.protocol import preset_of, run_mad

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..progress import progress_bar
 from ..tasks.text import corpus, pack
 from .parsing import require
 
@@ -83,7 +83,7 @@ def measure(model: PreTrainedModel, rows: torch.LongTensor, batch_size: int = 16
     was_training = model.training
     model.eval()
     losses, hits, count = [], 0, 0
-    for batch in tqdm(rows.split(batch_size), desc=label, disable=label is None, leave=False):
+    for batch in progress_bar(rows.split(batch_size), desc=label, unit="batch", show=label is not None, leave=False):
         batch = batch.to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         targets = batch[:, 1:]

@@ -3,7 +3,7 @@
 import difflib
 import json
 import textwrap
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,39 @@ from transformers import HfArgumentParser
 LINE = 80  # columns of texts that argparse prints as they are
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """One spelling for each option, no default where there is none, texts around the options as they are."""
+class HelpFormatter(RawDescriptionHelpFormatter):
+    """One spelling for each option, one way to tell defaults, texts around the options as they are."""
 
     def _format_action_invocation(self, action: Action) -> str:
         long = [name for name in action.option_strings if name.startswith("--")]
         if action.dest == "help" or not long:
             return super()._format_action_invocation(action)
-        what = "true|false" if action.const is True else {int: "N", float: "X"}.get(action.type, "TEXT")
-        return f"{long[0]} {self._format_args(action, what)}"
+        if action.const is True:
+            return long[0] if action.default is False else f"{long[0]} true|false"
+        return f"{long[0]} {self._format_args(action, {int: 'N', float: 'X'}.get(action.type, 'TEXT'))}"
 
     def _get_help_string(self, action: Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.dest == "help":
+            return "Show this help."
+        text = (action.help or "").removesuffix(".")
+        if action.required:
+            return f"{text} (required)."
+        default = action.default
+        if default is None or default in (False, SUPPRESS) or default == [] or "(default" in text:
+            return f"{text}."
+        words = default if isinstance(default, list) else [default]
+        shown = " ".join(_as_word(word) for word in words)
+        return f"{text} (default: {shown.replace('%', '%%')})."
+
+
+class Failure(ValueError):
+    """The options were right, and what they ask for failed."""
+
+    exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a text that says how to go on."""
 
 
 SETTINGS = (".yaml", ".yml", ".json")
@@ -42,9 +63,7 @@ class OptionParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_options(
-    kinds: type | tuple[type, ...], arguments: list[str], command: str, description: str, epilog: str | None = None
-) -> tuple:
+def parse_options(kinds: tuple[type, ...], arguments: list[str], command: str, epilog: str | None = None) -> tuple:
     """
     Instances of the given dataclasses, from `arguments` (without the command's name). A first argument that is not a
     flag names a YAML or JSON file with the same option names; flags after it win.
@@ -55,10 +74,24 @@ def parse_options(
     Raises:
         ValueError: unknown, missing or ill-typed options, or a file that cannot be read.
     """
+    parser = parser_of(kinds, command, epilog)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]
+    try:
+        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def parser_of(kinds: tuple[type, ...], command: str, epilog: str | None = None) -> OptionParser:
+    """The parser of a command, with the help that all of them share."""
+    from . import COMMANDS, POSITIONAL
+
+    text = COMMANDS[command]
     parser = OptionParser(
         kinds,
         prog=f"manticore {command}",
-        description=textwrap.fill(description, LINE),
+        description=textwrap.fill(f"{text[0].upper()}{text[1:]}.", LINE),
         epilog=epilog,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -67,12 +100,9 @@ def parse_options(
         if any(name.startswith("--no_") for name in action.option_strings):
             action.help = SUPPRESS  # the other half of a switch that is on by default
     parser.usage = f"manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
-    if arguments and not arguments[0].startswith("-"):
-        arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]
-    try:
-        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    if command in POSITIONAL:
+        parser.usage += f"\n       manticore {command} {POSITIONAL[command]} [--option value ...]"
+    return parser
 
 
 def positional_first(arguments: list[str], *names: str) -> list[str]:

@@ -8,10 +8,11 @@ from .parsing import parse_options
 
 @dataclass
 class PlanOptions:
-    recipe: str = field(
-        metadata={"help": "A .yaml file, or the name of a shipped recipe; may stand without --recipe."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    recipe: str = field(metadata={"help": "A .yaml file, or the name of a shipped recipe."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
+
+
+KINDS = (PlanOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -19,7 +20,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: the file is no recipe, or the recipe cannot be built; names all problems.
     """
-    (options,) = parse_options(PlanOptions, recipe_first(arguments), "plan", __doc__)
+    (options,) = parse_options(KINDS, recipe_first(arguments), "plan")
 
     from transformers.utils import logging
 

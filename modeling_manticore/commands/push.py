@@ -8,19 +8,23 @@ from .parsing import parse_options, positional_first, require_positive
 @dataclass
 class PushOptions:
     folder: str = field(metadata={"help": "Folder of the saved hybrid, or of saved adapters on one."})
-    repo_id: str = field(metadata={"help": "name or owner/name; made if it does not exist."})
+    repo_id: str = field(metadata={"help": "Repository, name or owner/name; made if it does not exist."})
     card: str | None = field(
-        default=None, metadata={"help": "Model card (a file); default README.md in the folder, then the repository's."}
+        default=None,
+        metadata={"help": "Model card, a file (default: README.md in the folder, else the repository's)."},
     )
     base_model: str | None = field(default=None, metadata={"help": "For adapters: the repository of their hybrid."})
-    private: bool = field(default=False, metadata={"help": "A new repository is private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; made from main if need be."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, made from main if need be (default: main)."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload hybrid", metadata={"help": "First line of the commit."})
     allow_local_sources: bool = field(
         default=False, metadata={"help": "Write 'local' in place of absolute local paths, which are refused else."}
     )
-    patience: int = field(default=60, metadata={"help": "Seconds without a sign of life before giving up."})
+    patience: int = field(default=60, metadata={"help": "Seconds without a sign of life after which it gives up."})
+
+
+KINDS = (PushOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -29,7 +33,7 @@ def run(arguments: list[str]) -> None:
         ValueError: bad options, or the Hub or the connection is at fault. The token comes from the usual places.
     """
     arguments = positional_first(arguments, "folder", "repo_id")
-    (options,) = parse_options(PushOptions, arguments, "push", __doc__)
+    (options,) = parse_options(KINDS, arguments, "push")
     require_positive(options, "patience")
 
     from pathlib import Path

@@ -13,13 +13,13 @@ FOLDER = "benchmarks/experiments"
 class ReportOptions:
     experiments: list[str] | None = field(
         default=None,
-        metadata={
-            "help": f"Files of experiments; may stand without --experiments. Default: those of {FOLDER} that are "
-            "evidence."
-        },
+        metadata={"help": f"Files of experiments (default: those of {FOLDER} that are evidence)."},
     )
     output_file: str = field(default="RESULTS.md", metadata={"help": "The report, Markdown."})
     pictures: bool = field(default=True, metadata={"help": "Also draw them, beside the runs."})
+
+
+KINDS = (ReportOptions,)
 
 
 def run(arguments: list[str]) -> None:
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     while len(words) < len(arguments) and not arguments[len(words)].startswith("-"):
         words.append(arguments[len(words)])
     flags = (["--experiments", *words] if words else []) + arguments[len(words) :]
-    (options,) = parse_options(ReportOptions, flags, "report", __doc__)
+    (options,) = parse_options(KINDS, flags, "report")
     output = Path(options.output_file)
     require(not output.is_dir(), f"output_file: got the folder {output}, allowed is a file.")
     files = options.experiments or sorted(map(str, Path(FOLDER).glob("*.yaml")))

@@ -73,26 +73,28 @@ class SearchOptions:
     components: list[str] | None = field(
         default=None, metadata={"help": "Instead of model: repositories or local folders, two or more."}
     )
-    num_blocks: int | None = field(default=None, metadata={"help": "With components: cut each evenly in so many."})
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "With components: cut each evenly into so many blocks."}
+    )
     strategy: str = field(default="stitch", metadata={"help": f"{', '.join(STRATEGIES)}; see below."})
     score_texts: list[str] | None = field(default=None, metadata={"help": "Held-out texts to score on."})
     rows: int | None = field(
         default=None,
         metadata={
-            "help": f"Rows of each of the two kinds of text ({DEFAULT_ROWS}; gradient strategies: as many as the "
-            "steps take)."
+            "help": f"Rows of each of the two kinds of text (default: {DEFAULT_ROWS}; gradient strategies: as many as "
+            "the steps take)."
         },
     )
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     limit: int | None = field(
-        default=None, metadata={"help": "Score all hybrids up to so many (256; sweep: 1024 points)."}
+        default=None, metadata={"help": "Score all hybrids up to so many (default: 256; sweep: 1024 points)."}
     )
     beam: int = field(default=8, metadata={"help": "stitch: beginnings kept at every block beyond the limit."})
     keep: int = field(default=5, metadata={"help": "stitch: hybrids in the printed table."})
     order: str | None = field(
         default=None,
-        metadata={"help": "parallel or sequential bridges (stitch: parallel; others: sequential)."},
+        metadata={"help": "Bridges, parallel or sequential (default: parallel for stitch, else sequential)."},
     )
     calibrate: bool | None = field(
         default=None,
@@ -106,13 +108,20 @@ class SearchOptions:
         default=False, metadata={"help": "stitch: fine-tune the best half and quarter a little, rank again."}
     )
     halving_tokens: int = field(
-        default=1_000_000, metadata={"help": "stitch: the whole budget that 5 and 15 %% are of."}
+        default=1_000_000, metadata={"help": "stitch: tokens of the whole budget, of which 5 and 15 %% are taken."}
     )
-    halving_learning_rate: float = field(default=3e-4, metadata={"help": "stitch: of those fine-tunings."})
+    halving_learning_rate: float = field(
+        default=3e-4, metadata={"help": "stitch: learning rate of those fine-tunings."}
+    )
     context: int | None = field(
-        default=None, metadata={"help": "stitch: context at which FLOPs are counted; at most 2048."}
+        default=None,
+        metadata={
+            "help": "stitch: tokens of context at which FLOPs are counted (default: the hybrid's, at most 2048)."
+        },
     )
-    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    )
 
 
 @dataclass
@@ -141,13 +150,15 @@ class Found(NamedTuple):
     report: Any
 
 
+KINDS = (SearchOptions, LimitOptions, GradientOptions, ProgramOptions)
+
+
 def run(arguments: list[str]) -> None:
     """
     Raises:
         ValueError: bad options, components, texts, or limits that no hybrid meets.
     """
-    kinds = (SearchOptions, LimitOptions, GradientOptions, ProgramOptions)
-    options, limits, gradient, program = parse_options(kinds, arguments, "search", __doc__, explanation())
+    options, limits, gradient, program = parse_options(KINDS, arguments, "search", explanation())
     _check(options, gradient)
     require_positive(program, "task_length", "program_steps")
     tasks = task_weights_of(program)
@@ -187,9 +198,10 @@ def run(arguments: list[str]) -> None:
     found = RUNNERS[options.strategy](search)
     print(found.report)
     print(found.model.describe())
+    found.report.write_page(folder / "report", _recipe(search))
     found.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"The {found.kind} is in {folder}, the report in {folder / 'report'}")
+    print(f"The {found.kind} is in {folder}, the report in {folder / 'report'} (report.html)")
 
 
 def _check(options: SearchOptions, gradient: GradientOptions) -> None:
@@ -223,6 +235,16 @@ def _check(options: SearchOptions, gradient: GradientOptions) -> None:
         f"search_texts: given with strategy {name!r}, which trains no mixture; allowed is 'darts', or 'gaea' "
         "on darts.",
     )
+
+
+def _recipe(search: Search) -> dict[str, Any]:
+    """The options that were set, as the settings file that `manticore search` takes."""
+    parts = [search.options]
+    parts += [search.gradient] if search.options.strategy in GRADIENT else []
+    parts += [search.program] if search.options.strategy == "mad" else []
+    values = {name: value for part in parts for name, value in vars(part).items() if value is not None}
+    limits = {} if search.budget is None else search.budget.limits()
+    return values | {f"max_{kind}": limit for kind, limit in limits.items()}
 
 
 def _stitch(search: Search) -> Found:

@@ -1,16 +1,21 @@
 """Strategy mad of `manticore search`: the options of programming on MAD tasks."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass
 class ProgramOptions:
+    """Of strategy mad."""
+
+    _argument_group_name: ClassVar[str] = "strategy mad"
+
     tasks: list[str] = field(
         default_factory=lambda: ["in-context-recall"],
-        metadata={"help": "mad: TASK or TASK=WEIGHT; `manticore mad` has the same tasks."},
+        metadata={"help": "TASK or TASK=WEIGHT; `manticore mad` has the same tasks."},
     )
-    task_length: int | None = field(default=None, metadata={"help": "mad: tokens per row; default MAD's."})
-    program_steps: int = field(default=200, metadata={"help": "mad: optimizer steps."})
+    task_length: int | None = field(default=None, metadata={"help": "Tokens per row (default: the task's own)."})
+    program_steps: int = field(default=200, metadata={"help": "Optimizer steps."})
 
 
 def task_weights_of(options: ProgramOptions) -> dict[str, float]:

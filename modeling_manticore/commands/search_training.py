@@ -1,5 +1,6 @@
 """Searches by gradient from the command line: train the supernet's mixture, then discretize it under the limits."""
 
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -27,9 +28,9 @@ class GradientOptions:
     _argument_group_name: ClassVar[str] = "gradient strategies (joint, gaea, dash, darts)"
 
     steps: int = field(default=200, metadata={"help": "Optimizer steps of batch_size rows."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of components and projectors."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of components and projectors."})
     mixture_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of mixture weights (0.1 by default)."}
+        default=None, metadata={"help": "Learning rate of mixture weights (default: 0.1)."}
     )
     train_components: bool = field(default=True, metadata={"help": "Whether the components train too."})
     search_texts: list[str] | None = field(
@@ -40,14 +41,19 @@ class GradientOptions:
         },
     )
     gaea_base: str = field(default="joint", metadata={"help": "gaea: joint or darts."})
-    temperature_start: float = field(default=1.0, metadata={"help": "dash: at the first step."})
-    temperature_end: float = field(default=0.1, metadata={"help": "dash: at the last step."})
-    cost_weight: float = field(default=0.0, metadata={"help": "Nats added for the expected cost."})
+    temperature_start: float = field(default=1.0, metadata={"help": "dash: temperature at the first step."})
+    temperature_end: float = field(default=0.1, metadata={"help": "dash: temperature at the last step."})
+    cost_weight: float = field(
+        default=0.0, metadata={"help": "Nats per token that the expected cost of cost_kind adds to the loss."}
+    )
     cost_kind: str = field(
         default="parameters",
-        metadata={"help": "attention_blocks, parameters, cache_bytes_per_token or flops_per_token."},
+        metadata={
+            "help": "Cost that cost_weight weighs: attention_blocks, parameters, cache_bytes_per_token or "
+            "flops_per_token."
+        },
     )
-    seed: int = field(default=0, metadata={"help": "Of order, noise and dropout."})
+    seed: int = field(default=0, metadata={"help": "Seed of order, noise and dropout."})
 
 
 def arguments_of(
@@ -74,6 +80,7 @@ def arguments_of(
         logging_steps=max(1, options.steps // LOGS),
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         **own,
     )
 
@@ -209,8 +216,8 @@ def train_and_discretize(
         "choice": choice,
         "slices": slices_of(model.config, choice),
         "order": order,
-        "supernet_loss": measure(model, held_out, size)["loss"],
-        "loss": measure(hybrid, held_out, size)["loss"],
+        "supernet_loss": measure(model, held_out, size, label="supernet, held out")["loss"],
+        "loss": measure(hybrid, held_out, size, label="hybrid, held out")["loss"],
         "costs": table.of(choice),
     }
     report.save(Path(args.output_dir, REPORT_DIR), trainer.state.log_history)

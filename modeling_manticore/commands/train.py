@@ -1,9 +1,10 @@
 """`manticore train`: train a hybrid in a folder, with every option of transformers' TrainingArguments."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import parse_options, require, require_positive
+from .parsing import Interrupted, parse_options, require, require_positive
 from .search_training import check_search_texts, search_rows, suit
 
 
@@ -25,7 +26,9 @@ class TrainOptions:
     )
     rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
-    cache_folder: str | None = field(default=None, metadata={"help": "Default ~/.cache/manticore."})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    )
     teacher: list[str] | None = field(
         default=None,
         metadata={
@@ -35,19 +38,28 @@ class TrainOptions:
     )
 
 
+def kinds() -> tuple[type, ...]:
+    """Classes of the options; the Trainer's takes a while to import."""
+    from .. import ManticoreTrainingArguments
+
+    return TrainOptions, ManticoreTrainingArguments
+
+
 def run(arguments: list[str]) -> None:
     """
     Raises:
         ValueError: bad options, model or texts.
     """
-    from .. import ManticoreTrainer, ManticoreTrainingArguments
+    from .. import ManticoreTrainer
 
-    options, training = parse_options((TrainOptions, ManticoreTrainingArguments), arguments, "train", __doc__)
+    options, training = parse_options(kinds(), arguments, "train")
     require_positive(options, "rows", "row_length")
     require(bool(options.train_texts), "train_texts: got nothing, allowed is at least one text.")
     needs_search = check_search_texts(training, options.search_texts)
 
     import torch
+
+    training.disable_tqdm = training.disable_tqdm or not sys.stderr.isatty()
 
     from ..tasks.text import as_dataset
     from .models import check_output, load_hybrid, load_tokenizer, rows_of
@@ -80,11 +92,24 @@ def run(arguments: list[str]) -> None:
         processing_class=tokenizer,
         teacher=teacher_of(options.teacher),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(how_to_resume(folder)) from stop
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
     trainer.save_metrics("eval", metrics)
     print(f"held-out loss {metrics['eval_loss']:.3f}; the hybrid is in {folder}")
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to do after Ctrl-C in a training that writes its checkpoints there."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        return "There is no checkpoint yet; the same command starts again (see --save_steps)."
+    return f"Add --resume_from_checkpoint {last} to the same command to go on from there."
 
 
 def teacher_of(names: list[str] | None) -> str | int | list | None:

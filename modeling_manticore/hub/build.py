@@ -5,9 +5,12 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from ..pages.of_builds import build_page
+from ..pages.page import PAGE_NAME
 from .plan import plan
 from .recipe_schema import ComponentRecipe, Recipe
 from .recipes import recipe_to_dict
@@ -23,9 +26,10 @@ def build(
     recipe: Recipe, *, dry_run: bool = False, from_stage: str | None = None, cache_folder: str | None = None
 ) -> Path | None:
     """
-    Make the hybrid of a recipe in `recipe.folder`, one folder a stage. `stage.json` in it has the hash of the stage's
-    inputs: the hash of the stage before, the recipe's section, the texts' and components' contents, and the version of
-    this package. A stage whose folder is whole and has the same hash is skipped.
+    Make the hybrid of a recipe in `recipe.folder`, one folder a stage, and `report.html` that shows it. `stage.json`
+    in each has the hash of the stage's inputs: the hash of the stage before, the recipe's section, the texts' and
+    components' contents, and the version of this package. A stage whose folder is whole and has the same hash is
+    skipped.
 
     Args:
         dry_run: plan, and print which stages would run; nothing is written.
@@ -52,11 +56,13 @@ def build(
     if not dry_run:
         _remove_stale(folder)
     before, forced, stopped = "", False, False
+    told: list[tuple[str, str, float | None]] = []
     for number, stage in enumerate(STAGES, 1):
         label = f"[{number}/{len(STAGES)}] {stage.name}"
         reason = stage.why_not(recipe)
         if reason is not None:
             print(f"{label}: not run, {reason}")
+            told.append((stage.name, f"not run, {reason}", None))
             continue
         forced = forced or stage.name == from_stage
         before = _hash(stage, work, before)
@@ -64,16 +70,22 @@ def build(
         if not forced and not stopped and _is_valid(place, before):
             print(f"{label}: done before")
             work.finished(stage.name)
+            told.append((stage.name, "done before", None))
             continue
         stopped = True  # what comes after a stage that runs has other inputs
         if dry_run:
             print(f"{label}: to do")
             continue
         print(f"{label}: running", flush=True)
+        started = time.perf_counter()
         _run(stage, work, place, before)
         work.finished(stage.name)
+        told.append((stage.name, "done", time.perf_counter() - started))
     if dry_run:
         return None
+    if stopped or not (folder / PAGE_NAME).is_file():
+        build_page(folder, work.model_folder, told, recipe_to_dict(recipe)).write(folder)
+    print(f"The report is {folder / PAGE_NAME}")
     print(f"The hybrid is in {work.model_folder}")
     return work.model_folder
 

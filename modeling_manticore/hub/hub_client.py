@@ -174,23 +174,26 @@ def push(api, request: dict, digest, progress: Progress) -> dict:
 
     request: repo_id; files {path in the repository: local path}; kept (paths that stay as they are where the
         repository has them); stale (pattern of paths that go if they are not in files); revision, create_pr, private,
-        message, description, verify.
+        message, description, verify; repo_type ("space" for a Gradio Space, else a model).
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo, revision = request["repo_id"], request["revision"]
-    repo = api.create_repo(repo, private=request["private"], exist_ok=True).repo_id
+    kind = request.get("repo_type")
+    sdk = {"space_sdk": "gradio"} if kind == "space" else {}
+    repo = api.create_repo(repo, private=request["private"], exist_ok=True, repo_type=kind, **sdk).repo_id
     if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo, branch=revision, exist_ok=True)
-    head = api.repo_info(repo, revision=revision).sha
-    there = listed(api, repo, head)
+        api.create_branch(repo, branch=revision, exist_ok=True, repo_type=kind)
+    head = api.repo_info(repo, revision=revision, repo_type=kind).sha
+    there = listed(api, repo, head, kind)
     files = {
         path: local for path, local in request["files"].items() if path not in request["kept"] or path not in there
     }
     different = [path for path, local in files.items() if not is_same(there.get(path), local, digest)]
     stale = [path for path in there if path not in request["files"] and re.fullmatch(request["stale"], path)]
     result = {"repo_id": repo, "commit": head, "changed": different + stale, "pull_request": None}
-    result |= {"endpoint": api.endpoint, "url": f"{api.endpoint}/{repo}/commit/{head}"}
+    place = f"spaces/{repo}" if kind == "space" else repo
+    result |= {"endpoint": api.endpoint, "url": f"{api.endpoint}/{place}/commit/{head}"}
     if not result["changed"]:
         return result
     operations = [CommitOperationAdd(path, files[path]) for path in different]
@@ -205,10 +208,11 @@ def push(api, request: dict, digest, progress: Progress) -> dict:
         revision=revision,
         create_pr=request["create_pr"],
         parent_commit=head,
+        repo_type=kind,
     )
     result |= {"commit": made.oid, "pull_request": made.pr_url, "url": str(made.commit_url)}
     if request["verify"]:
-        now = listed(api, repo, made.oid)
+        now = listed(api, repo, made.oid, kind)
         wrong = [path for path, local in files.items() if not is_same(now.get(path), local, digest)]
         wrong += [path for path in stale if path in now]
         if wrong:
@@ -216,9 +220,9 @@ def push(api, request: dict, digest, progress: Progress) -> dict:
     return result
 
 
-def listed(api, repo: str, revision: str) -> dict:
+def listed(api, repo: str, revision: str, kind: str | None = None) -> dict:
     """{path: entry with the hashes that the Hub states} of all files at a revision."""
-    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=kind)
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 

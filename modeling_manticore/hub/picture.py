@@ -10,7 +10,7 @@ from ..mixing_manticore import junctions
 
 
 COLOURS = ("#2f6fb2", "#c8662b", "#4b8f5b", "#8a5aa8", "#b23a55", "#5b7d8f", "#94812a", "#5f5f5f")
-FRAME = "#d62728"
+FRAME, EDGE = "#d62728", "#777777"
 SMALL, NORMAL = 8.5, 10  # points
 BOX, END, LANE, PITCH = 0.74, 0.52, 0.46, 0.6  # inches: width of a path and of a stem, height of a box, lane to lane
 GAP, BRIDGE_GAP, CONTINUED_GAP = 0.44, 0.98, 0.3  # inches between columns that are mixed, bridged, continued
@@ -24,6 +24,7 @@ def draw_hybrid(
     weights: Sequence[Sequence[float]] | None = None,
     names: Sequence[str] | None = None,
     choice: Sequence[int] | None = None,
+    page: str | None = None,
 ) -> str | None:
     """
     Draw blocks (across) and components (down): slices, skip paths, bridges, stems, heads and mixture weights.
@@ -35,6 +36,8 @@ def draw_hybrid(
             alone has none, and none are drawn.
         names: of the components; by default the last part of their `source`, or the model type.
         choice: a path of every block, which is framed.
+        page: the SVG for a page whose script changes it: no background, text as text, and the ids `{page}-box-B-P`,
+            `{page}-slice-B-P` and `{page}-weight-B-P` (of a skip path `{page}-skip-B-P`) of path P in block B.
 
     Raises:
         ValueError: another suffix; not one list of weights a block and one weight a path; not one name a
@@ -57,7 +60,7 @@ def draw_hybrid(
     ):
         raise ValueError(f"choice: got {choice!r}, allowed is one path of each of {len(config.blocks)} blocks.")
 
-    content = _render(_Drawing(config, weights, names, choice).figure(), suffix[1:])
+    content = _render(_Drawing(config, weights, names, choice, page).figure(), suffix[1:], page is not None)
     if file is None:
         return content.decode()
     target = Path(file)
@@ -77,14 +80,37 @@ def component_names(config: Any) -> list[str]:
     ]
 
 
-def _render(figure, kind: str) -> bytes:
+def path_look(component: int | None, weight: float | None, chosen: bool) -> tuple[str, str, str]:
+    """
+    Colours `#rrggbb` of a path's box, of the text on it, and of its edge.
+
+    Args:
+        component: None for a skip path. weight: its mixture weight; None where it is alone in its block.
+    """
+    colour = EDGE if component is None else COLOURS[component % len(COLOURS)]
+    return (*_shade(colour, _strength(weight)), FRAME if chosen else colour)
+
+
+def _strength(weight: float | None) -> float:
+    return 0.8 if weight is None else 0.05 + 0.85 * weight
+
+
+def _shade(colour: str, strength: float) -> tuple[str, str]:
+    """A colour mixed with white, and the colour of text that can be read on it."""
+    parts = [1 - strength * (1 - int(colour[i : i + 2], 16) / 255) for i in (1, 3, 5)]
+    ink = "#ffffff" if 0.3 * parts[0] + 0.59 * parts[1] + 0.11 * parts[2] < 0.6 else "#222222"
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts), ink
+
+
+def _render(figure, kind: str, live: bool = False) -> bytes:
     """The figure as PNG or SVG bytes, the same for the same figure."""
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "hybrid"}):
+    with matplotlib.rc_context({"svg.fonttype": "none" if live else "path", "svg.hashsalt": "hybrid"}):
         dpi = min(DPI, WIDEST / figure.get_figwidth())
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata, transparent=live)
     return buffer.getvalue()
 
 
@@ -101,8 +127,9 @@ class _Drawing:
         weights: Sequence[Sequence[float]] | None,
         names: list[str],
         choice: Sequence[int] | None = None,
+        page: str | None = None,
     ):
-        self.config, self.weights, self.names, self.choice = config, weights, names, choice
+        self.config, self.weights, self.names, self.choice, self.page = config, weights, names, choice, page
         self.joints = junctions(config)
         self._place_lanes()
         self._place_columns()
@@ -184,12 +211,12 @@ class _Drawing:
         strength: float,
         height: float = LANE,
         framed: bool = False,
+        name: str | None = None,
     ) -> str:
         """A rounded box with its left edge at x; returns the colour for text on it."""
-        from matplotlib.colors import to_rgb
         from matplotlib.patches import FancyBboxPatch
 
-        face = [1 - strength * (1 - part) for part in to_rgb(colour)]
+        face, ink = _shade(colour, strength)
         style = "round,pad=0,rounding_size=0.07"
         box = FancyBboxPatch(
             (x, y - height / 2),
@@ -200,9 +227,10 @@ class _Drawing:
             edgecolor=FRAME if framed else colour,
             linewidth=2.6 if framed else 1.3,
             zorder=2,
+            gid=name,
         )
         self.axis.add_patch(box)
-        return "white" if 0.3 * face[0] + 0.59 * face[1] + 0.11 * face[2] < 0.6 else "#222222"
+        return ink
 
     def _draw_labels(self) -> None:
         for k in self.config.used_components:
@@ -215,6 +243,9 @@ class _Drawing:
         if not all(joint.single for joint in self.joints):
             gate = f"gate {self.config.gate}, stream of width {self.config.hidden_size}"
             self._text((self.columns[0][0] + self.columns[-1][0] + END) / 2, 0.16, gate, SMALL, "#555555")
+
+    def _id(self, what: str, b: int, p: int) -> str | None:
+        return None if self.page is None else f"{self.page}-{what}-{b}-{p}"
 
     def _colour(self, k: int) -> str:
         return COLOURS[k % len(COLOURS)]
@@ -231,20 +262,23 @@ class _Drawing:
             left, width = self.columns[b + 1]
             point = self.weights[b] if self.weights is not None and len(block) > 1 else None
             for p, (k, y) in zip(self.config.real_paths(b), self._paths(b)):
-                strength = 0.8 if len(block) == 1 else 0.35 if point is None else 0.05 + 0.85 * point[p]
+                strength = _strength(None) if len(block) == 1 else 0.35 if point is None else _strength(point[p])
                 framed = self.choice is not None and self.choice[b] == p
-                ink = self._box(left, y, width, self._colour(k), strength, framed=framed)
-                slice_name = f"[{block[p]['start']}:{block[p]['stop']}]"
-                self._text(left + width / 2, y + 0.1 * (point is not None), slice_name, NORMAL, ink, zorder=3)
+                ink = self._box(left, y, width, self._colour(k), strength, framed=framed, name=self._id("box", b, p))
+                slice_name, x = f"[{block[p]['start']}:{block[p]['stop']}]", left + width / 2
+                self._text(
+                    x, y + 0.1 * (point is not None), slice_name, NORMAL, ink, zorder=3, gid=self._id("slice", b, p)
+                )
                 if point is not None:
-                    self._text(left + width / 2, y - 0.11, f"{point[p]:.3f}", SMALL, ink, zorder=3)
+                    self._text(x, y - 0.11, f"{point[p]:.3f}", SMALL, ink, zorder=3, gid=self._id("weight", b, p))
             skip = self.config.skip_path(b)
             if skip is not None:
                 y = self._y(len(self.lanes))
-                colour = FRAME if self.choice is not None and self.choice[b] == skip else "#777777"
-                self._line((left, y), (left + width, y), linestyle=(0, (3, 2)), color=colour)
+                colour = FRAME if self.choice is not None and self.choice[b] == skip else EDGE
+                dashes = {"linestyle": (0, (3, 2)), "color": colour, "gid": self._id("box", b, skip)}
+                self._line((left, y), (left + width, y), **dashes)
                 note = "skip" if point is None else f"skip {point[skip]:.3f}"
-                self._text(left + width / 2, y + 0.11, note, SMALL)
+                self._text(left + width / 2, y + 0.11, note, SMALL, gid=self._id("skip", b, skip))
 
     def _draw_wires(self) -> None:
         """From column to column: a bus where paths are mixed, a bridge or a plain line where one meets one."""

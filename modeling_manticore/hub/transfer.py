@@ -22,6 +22,8 @@ class HubError(ValueError):
     "offline", "refused", "unverified" or "crashed".
     """
 
+    exit_code = 1  # of the command line
+
     def __init__(self, message: str, kind: str):
         super().__init__(message)
         self.kind = kind

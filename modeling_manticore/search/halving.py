@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback
 
 from ..building.discretize import discretize
 from ..building.states import Batch
 from ..building.texts import batches_of
+from ..progress import progress_bar
 from .slices import held_out_loss, labels_of
 from .stitch_report import Candidate, StitchReport, write_json
 
@@ -89,7 +89,7 @@ def halve(
     for index, (part, share) in enumerate(RUNGS):
         count = max(1, min(math.ceil(total * part), math.ceil(options.at_most / 2**index)))
         pool = pool[:count]
-        with tqdm(pool, desc=f"fine-tuning on {share:.0%}", unit="hybrid", disable=not progress, leave=False) as bar:
+        with progress_bar(pool, desc=f"fine-tuning on {share:.0%}", unit="hybrid", show=progress, leave=False) as bar:
             for candidate in bar:
                 key = ",".join(map(str, candidate.choice))
                 if str(share) not in done.setdefault(key, {}):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..cache_manticore import path_name
+from ..pages.page import thinned
 from .pictures import SMALL, new_figure, write_figure
 
 
@@ -40,6 +41,21 @@ def points_in(logs: dict[str, float], paths: list[int]) -> list[torch.Tensor] | 
             return None
         points.append(torch.tensor([logs[key] for key in keys] or [1.0]))
     return points
+
+
+def course_of(log_history: list[dict], paths: list[int], most: int = 150) -> list[dict]:
+    """
+    The mixture weights over time, [{"step", "weights"}], one entry a step (the last logged), at most `most` of them.
+
+    Args:
+        paths: as of `points_in`.
+    """
+    found = {}
+    if any(count > 1 for count in paths):
+        for entry in log_history:
+            if (points := points_in(entry, paths)) is not None:
+                found[entry["step"]] = [point.tolist() for point in points]
+    return [{"step": step, "weights": weights} for step, weights in thinned(sorted(found.items()), most)]
 
 
 def component_names(config: PretrainedConfig) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, TrainerCallback
 
+from ..progress import progress_bar
 from ..tasks.mad import MadSetting, token_accuracy
 from ..tasks.mad.settings import require_integer
 from .arguments import ManticoreTrainingArguments
@@ -132,6 +132,7 @@ def program(
             trainer.evaluate(ignore_keys=SIDE_OUTPUTS)
     found = [point.detach().cpu().tolist() for point in fresh.eval().mixture_weights()]
     report = ProgrammingReport(
+        config=model.config,
         tasks=weights,
         settings={task: _fields(setting) for task, setting in chosen.items()},
         strategy=strategy,
@@ -223,7 +224,7 @@ class _Bar(TrainerCallback):
     """A bar over the steps that shows the last accuracy of every task and the paths that lead."""
 
     def __init__(self, steps: int, progress: bool):
-        self.bar = tqdm(total=steps, desc="program", unit="step", disable=not progress, leave=False)
+        self.bar = progress_bar(total=steps, desc="program", unit="step", show=progress, leave=False)
         self.accuracies: dict[str, float] = {}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .history import mixture_courses, plot_mixtures
+from ..pages.of_reports import programming_page
+from .history import course_of, mixture_courses, plot_mixtures
 from .search_report import FILES
-from .stitch_report import write_json
+from .stitch_report import report_values, write_json
 
 
 REPORT_NAME = "programming.json"
@@ -25,6 +27,7 @@ class ProgrammingReport:
             joint vocabulary, loss is in nats.
         seconds, processor_seconds: of the whole, by the clock and of all threads together.
         log_history: what the Trainer logged, in the form of `TrainerState`.
+        config: the supernet's, for pictures; not in the JSON.
     """
 
     tasks: dict[str, float]
@@ -39,6 +42,7 @@ class ProgrammingReport:
     seconds: float
     processor_seconds: float
     log_history: list[dict]
+    config: Any = field(default=None, repr=False, compare=False)
 
     @property
     def choice(self) -> list[int]:
@@ -72,16 +76,24 @@ class ProgrammingReport:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `programming.json` and, with matplotlib, `mixture_weights.png` into the folder.
+        Write `programming.json`, the same as a page in `report.html` and, with matplotlib, `mixture_weights.png` into
+        the folder.
 
         Raises:
             ValueError: the folder is a file.
         """
         folder = check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / REPORT_NAME, asdict(self))
+        write_json(folder / REPORT_NAME, report_values(self))
+        self.write_page(folder)
         if importlib.util.find_spec("matplotlib") is not None:
             plot_mixtures(self.log_history, folder / FILES[2], self.paths)
+
+    def write_page(self, folder: str | Path, recipe: Any = None) -> None:
+        """Write `report.html`; `recipe` are plain values that say how the search was started."""
+        course = course_of(self.log_history, [len(point) for point in self.weights])
+        values = report_values(self) | {"choice": self.choice, "course": course}
+        programming_page(values, self.config, recipe).write(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ProgrammingReport":

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from ..building.costs import COST_KINDS, Budget, CostTable
 from ..building.discretize import usable_paths
 from ..building.limits import argmax_under
 from ..hub.picture import draw_hybrid
-from .history import by_component, path_names, path_owners, plot_mixtures
+from ..pages.of_reports import search_page
+from ..pages.page import PAGE_NAME, thinned
+from .history import by_component, course_of, path_names, path_owners, plot_mixtures
 from .pictures import can_draw, draw_heat_map
-from .stitch_report import slices_of, write_json
+from .stitch_report import report_values, slices_of, write_json
 
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 1
-FILES = ("search.json", "mixture_heatmap.png", "mixture_weights.png", "hybrid.png")
+FILES = ("search.json", "mixture_heatmap.png", "mixture_weights.png", "hybrid.png", PAGE_NAME)
 ARGUMENTS = (
     "max_steps",
     "num_train_epochs",
@@ -41,6 +43,7 @@ ARGUMENTS = (
     "cost_kind",
     "seed",
 )
+CANDIDATES = 30
 EVALUATION_LOSS = re.compile(r"eval_(?:.+_)?loss")
 
 
@@ -93,6 +96,8 @@ class SearchReport:
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
         discretized: what came of it, where the caller discretized: the choice, losses, costs.
+        course: the mixture weights over time, [{"step", "weights"}]. losses: name -> [[step, nats]].
+        candidates: the likeliest choices with probability, costs and whether they are within the limits (None: none).
         config: the supernet's; for its picture, not in the JSON.
     """
 
@@ -110,13 +115,14 @@ class SearchReport:
     best_evaluation: dict[str, dict[str, float]]
     best_checkpoint: str | None = None
     discretized: dict[str, Any] | None = None
-    config: Any = field(default=None, repr=False)
+    course: list[dict[str, Any]] = field(default_factory=list)
+    losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    config: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = asdict(replace(self, config=None))
-        del values["config"]
-        return {"schema": SCHEMA} | values
+        return {"schema": SCHEMA} | report_values(self)
 
     def __str__(self) -> str:
         lines = [f"{'block':<6} {'entropy':>7}  mixture weights"]
@@ -139,10 +145,10 @@ class SearchReport:
 
     def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
         """
-        Write `search.json`, and where matplotlib is installed `mixture_heatmap.png` (blocks x components, the weight
-        of a component summed over its paths in the block), `hybrid.png` (the supernet as cards draw it, with the
-        chosen paths framed) and, given the logs, `mixture_weights.png` (the course over the steps). Each file is
-        replaced in one move.
+        Write `search.json`, the same as a page in `report.html`, and where matplotlib is installed
+        `mixture_heatmap.png` (blocks x components, the weight of a component summed over its paths in the block),
+        `hybrid.png` (the supernet as cards draw it, with the chosen paths framed) and, given the logs,
+        `mixture_weights.png` (the course over the steps). Each file is replaced in one move.
 
         Raises:
             ValueError: the folder is a file.
@@ -152,7 +158,8 @@ class SearchReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILES[0], self.to_dict())
-        if not can_draw(f"{', '.join(FILES[1:-1])} and {FILES[-1]}"):
+        self.write_page(folder)
+        if not can_draw(f"{', '.join(FILES[1:3])} and {FILES[3]}"):
             return
         owners = [block["components"] for block in self.blocks]
         names, values = by_component([block["weights"] for block in self.blocks], owners)
@@ -167,6 +174,10 @@ class SearchReport:
             )
         if log_history is not None:
             plot_mixtures(log_history, folder / FILES[2], [block["paths"] for block in self.blocks])
+
+    def write_page(self, folder: str | Path, recipe: Any = None) -> None:
+        """Write `report.html`; `recipe` are plain values that say how the search was started."""
+        search_page(self.to_dict(), self.config, recipe).write(folder)
 
 
 def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
@@ -200,6 +211,11 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
         for key, value in entry.items():
             if EVALUATION_LOSS.fullmatch(key) and value < evaluated.get(key, {}).get("value", math.inf):
                 evaluated[key] = {"value": value, "step": entry["step"]}
+    losses: dict[str, list[list[float]]] = {}
+    for entry in state.log_history:
+        for key, value in entry.items():
+            if key in ("loss", "search_loss") or EVALUATION_LOSS.fullmatch(key):
+                losses.setdefault(key, []).append([entry["step"], value])
     return SearchReport(
         strategy=trainer.strategy.name,
         arguments=arguments,
@@ -214,8 +230,25 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
         costs=costs,
         best_evaluation=evaluated,
         best_checkpoint=Path(state.best_model_checkpoint).name if _best_is_loaded(trainer) else None,
+        course=course_of(state.log_history, [len(point) for point in points]),
+        losses={name: thinned(series, 300) for name, series in losses.items()},
+        candidates=[
+            {"choice": one, "slices": slices_of(hybrid.config, one), "probability": probability_of(points, one)}
+            | {"within_limits": trainer.budget.allows(table.of(one)) if limits else None}
+            | table.of(one)
+            for one in likeliest(points, usable_paths(hybrid), CANDIDATES)
+        ],
         config=hybrid.config,
     )
+
+
+def likeliest(points: list[torch.Tensor], paths: list[list[int]], count: int) -> list[list[int]]:
+    """The `count` choices of the largest products of weights, falling; `paths` are those that may be chosen."""
+    best: list[tuple[float, list[int]]] = [(1.0, [])]
+    for point, own in zip(points, paths):
+        grown = [(product * float(point[p]), [*choice, p]) for product, choice in best for p in own]
+        best = sorted(grown, key=lambda pair: (-pair[0], pair[1]))[:count]
+    return [choice for _, choice in best]
 
 
 def best_choice_of(hybrid, points: list[torch.Tensor], table: CostTable | None, budget: Budget | None) -> list[int]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from ..building.discretize import usable_paths
 from ..building.limits import best_choice, check_feasible, zeros_like
 from ..building.states import Batch
 from ..building.texts import batches_of
+from ..progress import progress_bar
 from .halving import HalvingOptions, halve
 from .history import path_owners
 from .slices import Choice, SliceRunner
@@ -116,7 +116,8 @@ def stitch(
         for choice, loss in scorer.losses.items()
     ]
     owners = path_owners(model.config)
-    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners)
+    limits = {} if budget is None else budget.limits()
+    report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners, limits, model.config)
     report.sort()
     if options is not None:
         started = time.perf_counter()
@@ -143,7 +144,7 @@ class _Scorer:
         parallel = self.order == "parallel"
         total = len(self.scored) if parallel else len(new)
         unit = "batch" if parallel else "hybrid"
-        with tqdm(total=total, desc=f"{len(new)} hybrids", unit=unit, disable=not self.progress, leave=False) as bar:
+        with progress_bar(total=total, desc=f"{len(new)} hybrids", unit=unit, show=self.progress, leave=False) as bar:
 
             def told(means: dict[Choice, float]) -> None:
                 best = min(means, key=means.get)

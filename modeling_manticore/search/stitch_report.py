@@ -3,19 +3,14 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..configuration_manticore import ManticoreConfig
+from ..pages.of_reports import COSTS, stitch_page
 from .history import by_component, component_names
 from .pictures import SMALL, can_draw, draw_heat_map, new_figure, write_figure
-
-
-COSTS = {
-    "parameters": ("parameters (M)", 1e6),
-    "cache_bytes_per_token": ("KV cache (kB per token)", 1e3),
-    "flops_per_token": ("MFLOPs per token", 1e6),
-}
 
 
 @dataclass
@@ -46,7 +41,8 @@ class StitchReport:
     """
     Candidates, best first (`sort` keeps it so), and how they were found: "exhaustive" or "beam", order of
     calibration, context of the FLOPs, held-out fit of every bridge (order "parallel"), seconds of every stage, the
-    component's name for every path of every block.
+    component's name for every path of every block, the hard limits (cost kind -> limit); the supernet's configuration,
+    for pictures and not in the JSON.
     """
 
     method: str
@@ -57,6 +53,8 @@ class StitchReport:
     fits: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     components: list[list[str]] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+    config: Any = field(default=None, repr=False, compare=False)
 
     def sort(self) -> None:
         """Rank: fine-tuned longest first, then by loss; ties by fewer parameters."""
@@ -94,13 +92,14 @@ class StitchReport:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
-        return asdict(self) | {"pareto": {kind: [c.choice for c in self.pareto(kind)] for kind in COSTS}}
+        return report_values(self) | {"pareto": {kind: [c.choice for c in self.pareto(kind)] for kind in COSTS}}
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `stitch.json`, and where matplotlib is installed `pareto.png` (cost against loss), `blocks.png` (the
-        lowest loss among candidates with a given path in a given block) and, where the paths' components are known,
-        `components.png` (how many of the `keep` best take a component in a block). Each file is replaced in one move.
+        Write `stitch.json`, the same as a page in `report.html`, and where matplotlib is installed `pareto.png` (cost
+        against loss), `blocks.png` (the lowest loss among candidates with a given path in a given block) and, where
+        the paths' components are known, `components.png` (how many of the `keep` best take a component in a block).
+        Each file is replaced in one move.
 
         Raises:
             ValueError: the folder is a file.
@@ -110,11 +109,16 @@ class StitchReport:
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "stitch.json", self.to_dict())
+        self.write_page(folder)
         if can_draw("pareto.png, blocks.png and components.png"):
             self._plot_pareto(folder / "pareto.png")
             self._plot_blocks(folder / "blocks.png")
             if self.components:
                 self._plot_components(folder / "components.png")
+
+    def write_page(self, folder: str | Path, recipe: Any = None) -> None:
+        """Write `report.html`; `recipe` are plain values that say how the search was started."""
+        stitch_page(self.to_dict(), self.config, recipe).write(folder)
 
     def _plot_pareto(self, file: Path) -> None:
         figure, axes = new_figure(len(COSTS), 3.6, 3.2)
@@ -165,6 +169,13 @@ def slices_of(config: ManticoreConfig, choice: Sequence[int]) -> str:
             parts.append([path["component"], path["start"], path["stop"]])
     names = component_names(config)
     return " > ".join(f"{names[k]}[{start}:{stop}]" for k, start, stop in parts)
+
+
+def report_values(report: Any) -> dict[str, Any]:
+    """The fields of a report, a dataclass with a `config`, as plain values without that."""
+    values = asdict(replace(report, config=None))
+    del values["config"]
+    return values
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -2,18 +2,19 @@
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..building.texts import batches_of
+from ..pages.of_reports import sweep_page
+from ..progress import progress_bar
 from .history import by_component, path_owners
 from .pictures import can_draw, draw_heat_map, new_figure, write_figure
 from .slices import held_out_loss
-from .stitch_report import write_json
+from .stitch_report import report_values, write_json
 
 
 @dataclass
@@ -26,11 +27,15 @@ class SweepPoint:
 
 @dataclass
 class SweepReport:
-    """All points of the grid, best first, and the component's name for every path of every block."""
+    """
+    All points of the grid, best first, the component's name for every path of every block, and the supernet's
+    configuration (for pictures, not in the JSON).
+    """
 
     divisions: int
     points: list[SweepPoint]
     components: list[list[str]] = field(default_factory=list)
+    config: Any = field(default=None, repr=False, compare=False)
 
     @property
     def best(self) -> SweepPoint:
@@ -46,9 +51,9 @@ class SweepReport:
 
     def save(self, folder: str | Path) -> None:
         """
-        Write `sweep.json`, and where matplotlib is installed `sweep.png` (the loss against the weight of the first
-        path, a panel for each block, the lowest over the other blocks as a line) and, where the paths' components are
-        known, `mixture_heatmap.png` (the mixture weights of the best point).
+        Write `sweep.json`, the same as a page in `report.html`, and where matplotlib is installed `sweep.png` (the
+        loss against the weight of the first path, a panel for each block, the lowest over the other blocks as a line)
+        and, where the paths' components are known, `mixture_heatmap.png` (the mixture weights of the best point).
 
         Raises:
             ValueError: the folder is a file.
@@ -57,7 +62,8 @@ class SweepReport:
         if folder.is_file():
             raise ValueError(f"folder: got the file {str(folder)!r}, allowed is a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sweep.json", asdict(self))
+        write_json(folder / "sweep.json", self.to_dict())
+        self.write_page(folder)
         if not can_draw("sweep.png and mixture_heatmap.png"):
             return
         if self.components:
@@ -73,6 +79,14 @@ class SweepReport:
             axis.plot(*zip(*sorted(lowest.items())), color="tab:red")
             axis.set(title=f"block {b}", xlabel="weight of the first path", ylabel="loss (nats)")
         write_figure(figure, folder / "sweep.png")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return report_values(self)
+
+    def write_page(self, folder: str | Path, recipe: Any = None) -> None:
+        """Write `report.html`; `recipe` are plain values that say how the sweep was started."""
+        sweep_page(self.to_dict(), self.config, recipe).write(folder)
 
 
 def sweep(
@@ -122,8 +136,8 @@ def sweep(
         for end in {0, len(paths) - 1}:  # stems and heads need weight on a component
             grids[end] = [w for w in grids[end] if any(w[p] for p in model.config.real_paths(end))]
         grid = itertools.product(*grids)
-        with tqdm(
-            grid, total=math.prod(map(len, grids)), desc="sweep", unit="point", disable=not progress, leave=False
+        with progress_bar(
+            grid, total=math.prod(map(len, grids)), desc="sweep", unit="point", show=progress, leave=False
         ) as bar:
             for weights in bar:
                 model.set_mixture_weights(list(weights))
@@ -135,7 +149,7 @@ def sweep(
     finally:
         for mixture, value in zip(_mixtures(model), before):
             mixture.parameter.data.copy_(value)
-    report = SweepReport(divisions, sorted(points, key=lambda p: p.loss), path_owners(model.config))
+    report = SweepReport(divisions, sorted(points, key=lambda p: p.loss), path_owners(model.config), model.config)
     if folder is not None:
         report.save(folder)
     return report

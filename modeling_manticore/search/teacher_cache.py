@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..progress import progress_bar
 from .teachers import Lesson, Prompt, Teacher, check_vocabulary, load_teacher
 
 
@@ -223,7 +223,7 @@ def _shards(
 ) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
     """Keys of rows and their tensors, about `SHARD_BYTES` at a time."""
     keys, tensors, held = [], {}, 0
-    with tqdm(total=len(rows), desc=f"teacher cache, {size / 1e6:,.0f} MB", unit="row", disable=not progress) as bar:
+    with progress_bar(total=len(rows), desc=f"teacher cache, {size / 1e6:,.0f} MB", unit="row", show=progress) as bar:
         for batch in _batches(rows, batch_size):
             for key, kept in zip(batch, _kept(speaker, [rows[key] for key in batch], top_k, temperature, dtype)):
                 tensors |= {f"{key}.{name}": tensor for name, tensor in kept.items()}

@@ -395,7 +395,7 @@ def _sha1(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-REPO = r"/api/models/([^/]+/[^/]+)"
+REPO = r"/api/(?:models|spaces)/([^/]+/[^/]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", HubHandler.whoami),
     ("POST", "/api/repos/create", HubHandler.create),
@@ -412,8 +412,8 @@ ROUTES = [
     ("POST", REPO + "/preupload/([^/]+)", HubHandler.preupload),
     ("POST", REPO + "/commit/([^/]+)", HubHandler.commit),
     ("GET", REPO + "/xet-(?:read|write)-token/([^/]+)", xet.token),
-    ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs.batch),
+    ("POST", r"(?:/spaces)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs.batch),
     ("PUT", "/_lfs/([0-9a-f]{64})", lfs.upload),
     ("POST", "/_lfs/([0-9a-f]{64})/verify", lfs.verify),
-    ("GET HEAD", "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", HubHandler.resolve),
+    ("GET HEAD", "(?:/spaces)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", HubHandler.resolve),
 ]

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ...progress import progress_bar
 from .metric import token_accuracy
 from .models import configuration_of, model_of
 from .settings import SETTINGS, TEST_ROWS, VALIDATION_ROWS, MadSetting, difficulties, setting_of
@@ -143,7 +144,7 @@ def run_mad(
     options = json.loads(json.dumps({"architecture": architecture, "seed": seed, **asdict(preset)}))
     finished = _finished(output, options)
     cost = preset.cost()
-    with tqdm(total=cost["steps"], unit="step", disable=not progress) as bar:
+    with progress_bar(total=cost["steps"], unit="step", show=progress) as bar:
         for setting in preset.settings:
             if any(entry["setting"] == asdict(setting) for entry in finished):
                 bar.update(len(preset.learning_rates) * len(preset.weight_decays) * preset.steps(setting))

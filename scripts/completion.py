@@ -1,0 +1,9 @@
+"""`manticore completion`, for those who work in a clone."""
+
+import sys
+
+from modeling_manticore.commands import main
+
+
+if __name__ == "__main__":
+    sys.exit(main(["completion", *sys.argv[1:]]))

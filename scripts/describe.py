@@ -1,0 +1,9 @@
+"""`manticore describe`, for those who work in a clone."""
+
+import sys
+
+from modeling_manticore.commands import main
+
+
+if __name__ == "__main__":
+    sys.exit(main(["describe", *sys.argv[1:]]))

@@ -1,0 +1,226 @@
+"""The command line as a whole: help of one hand, exit codes, Ctrl-C, JSON, progress without a terminal, completion."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from command_runs import component_folders, options
+from tqdm.auto import tqdm
+
+from modeling_manticore import ManticoreForCausalLM, progress
+from modeling_manticore.commands import COMMANDS, NOTHING, POSITIONAL, RESUME, evaluate, main, usage
+from modeling_manticore.commands.completion import flags_of
+from modeling_manticore.commands.train import how_to_resume
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two component folders with one tokenizer, a text, and the folder `supernet` of both."""
+    root = component_folders(tmp_path_factory.mktemp("command_line"))
+    parts = [str(root / "gpt_neox"), str(root / "mamba2")]
+    assert not main(["compose", *options(components=parts, output_folder=root / "supernet", num_blocks=2)])
+    return root
+
+
+# ---------------------------------------------------------------------- help
+OWN = [name for name in COMMANDS if name != "train"]  # most options of train are transformers'
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_help_reads_like_one_hand_wrote_it(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0] == f"usage: manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
+    if command in POSITIONAL:
+        assert lines[1].strip() == f"manticore {command} {POSITIONAL[command]} [--option value ...]"
+    text = COMMANDS[command]
+    assert f"{text[0].upper()}{text[1:]}." in " ".join(printed.split()) and max(map(len, lines)) <= 80
+    entries = re.findall(r"^  (-h|--\w+)[^\n]*?(?:\n {8,}|  +)(.*?)(?=\n  -|\n\n|\Z)", printed, re.M | re.S)
+    assert len(entries) == len(re.findall(r"^  -", printed, re.M))
+    for name, told in entries:
+        told = " ".join(told.split())
+        assert told[0].isupper() or told[0].islower() and ":" in told or told.startswith((".", "bible")), (name, told)
+        assert told.endswith(".") and told.count("(default") <= 1 and "default False" not in told, (name, told)
+        assert not re.search(r"\[|None|True|False", re.sub(r"\{.*?\}", "", told)) or name == "--blocks", (name, told)
+
+
+def test_the_general_help_tells_codes_and_resuming():
+    told = usage()
+    for word in ("Exit codes: 0 done", "1 the task failed", "2 bad usage", "130 stopped by Ctrl-C", "completion bash"):
+        assert word in told
+    assert max(len(line) for line in told.splitlines()) <= 130 and RESUME.keys() <= COMMANDS.keys()
+
+
+# ---------------------------------------------------------------------- exit codes, Ctrl-C
+def test_a_task_that_fails_is_not_bad_usage(folders, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(folders / "supernet", model)
+    assert main(["verify", str(model)]) == 0
+    with open(model / "mixing_manticore.py", "a") as file:
+        file.write("# more\n")
+    capsys.readouterr()
+    assert main(["verify", str(model), "--json"]) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert not found["verified"] and any("mixing_manticore.py" in problem for problem in found["problems"])
+    assert printed.err.startswith("manticore: error: ") and len(printed.err.splitlines()) == 1
+    assert main(["verify", str(tmp_path / "model"), "--patience", "0"]) == 2
+    capsys.readouterr()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "run", full)
+    assert main(["evaluate"]) == 1
+    assert capsys.readouterr().err == "manticore: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "discretize", "push", "build"])
+def test_ctrl_c_is_one_line(command, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"modeling_manticore.commands.{command}.run", stop)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"\nmanticore: stopped. {RESUME.get(command, NOTHING)}\n"
+
+
+def test_ctrl_c_in_a_training_says_where_to_resume(folders, tmp_path):
+    """With a real signal to a real process: exit 130, no traceback, and what it says can be done."""
+    out = tmp_path / "out"
+    words = ["train", *options(model=folders / "supernet", train_texts=folders / "text.txt", output_dir=out)]
+    words += options(row_length=16, stage="finetune", max_steps=10_000, per_device_train_batch_size=2, save_steps=2)
+    words += options(save_total_limit=1, report_to="none", use_cpu="true", logging_steps=500)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", "import sys; from modeling_manticore.commands import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    end = time.monotonic() + 200
+    while not list(out.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in told + printed and "\r" not in told + printed
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert told.splitlines()[-1] == f"manticore: stopped. {how_to_resume(out)}" and str(checkpoint) in told
+    assert not list(out.glob(".*")) and not (out / "model.safetensors").exists()
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    again = [word if word != "10000" else str(step + 1) for word in words]
+    assert main([*again, "--resume_from_checkpoint", str(checkpoint)]) == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_before_the_first_checkpoint(tmp_path):
+    assert "no checkpoint yet" in how_to_resume(tmp_path / "absent")
+
+
+# ---------------------------------------------------------------------- for scripts
+def test_json(folders, tmp_path, capsys):
+    text, supernet, cut = str(folders / "text.txt"), str(folders / "supernet"), str(tmp_path / "cut")
+    rows = {"row_length": 32, "batch_size": 4}
+
+    def answer(words):
+        capsys.readouterr()
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = answer(
+        ["discretize", *options(model=supernet, output_folder=cut, choice="0,1", calibration_texts=text, **rows)]
+    )
+    assert made["folder"] == cut and made["discretized"] and len(made["blocks"]) == 2
+    told = answer(["describe", cut])
+    model = ManticoreForCausalLM.from_pretrained(cut)
+    assert told["parameters"] == made["parameters"] == sum(p.numel() for p in model.parameters())
+    assert {key: told[key] for key in ("blocks", "components", "heads", "context", "cache_bytes_per_token")} == {
+        key: made[key] for key in ("blocks", "components", "heads", "context", "cache_bytes_per_token")
+    }
+    assert main(["describe", cut]) == 0 and capsys.readouterr().out.strip() == model.describe()
+    assert main(["describe", str(folders / "gpt_neox")]) == 2 and "'gpt_neox'" in capsys.readouterr().err
+    measured = answer(["evaluate", *options(model=cut, texts=text, rows=8, **rows)])
+    assert measured["texts"][text]["tokens"] == 8 * 31
+    assert answer(["verify", cut])["verified"]
+
+
+# ---------------------------------------------------------------------- progress
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch):
+    quiet, heard, watched = io.StringIO(), io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stderr", quiet)
+    assert list(progress.progress_bar(range(50), desc="rows", unit="row")) == list(range(50))
+    assert quiet.getvalue() == ""  # it took less than twenty seconds
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(sys, "stderr", heard)
+    for _ in progress.progress_bar(range(6), desc="rows", unit="row"):
+        time.sleep(0.03)
+    with progress.progress_bar(total=None, desc="all", unit="row") as bar:
+        time.sleep(0.03)
+        bar.update(3)
+        bar.set_postfix_str("best 1", refresh=False)
+    lines = heard.getvalue().splitlines()
+    assert "\r" not in heard.getvalue() and "\x1b" not in heard.getvalue() and len(lines) >= 4
+    assert re.fullmatch(r"rows: \d/6 row, .*row/s|rows: \d/6 row, .*s/row.*|rows: \d/6 row, .* left", lines[0])
+    assert " left" in lines[0] and any(line.startswith("all: 3 row, ") for line in lines)
+    monkeypatch.setattr(sys, "stderr", watched)
+    assert type(progress.progress_bar(range(3), show=False)) is tqdm
+    list(progress.progress_bar(range(3), desc="rows", unit="row", mininterval=0))
+    assert "\r" in watched.getvalue() and "row/s" in watched.getvalue()
+
+
+# ---------------------------------------------------------------------- completion
+@pytest.fixture(scope="module")
+def scripts():
+    """The completion script of every shell; making one imports every command."""
+    found = {}
+    for shell in ("bash", "zsh", "fish"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", io.StringIO())
+            assert main(["completion", shell]) == 0
+            found[shell] = sys.stdout.getvalue()
+    return found
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes(scripts, tmp_path):
+    (tmp_path / "my recipe.yaml").write_text("")
+    ask = (
+        'complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _manticore; '
+        'printf "%s|" "${COMPREPLY[@]}"; echo; }\n'
+        "complete_words manticore d\ncomplete_words manticore search --hal\ncomplete_words manticore build my\n"
+        "complete_words manticore train --resume\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", scripts["bash"] + "\n" + ask], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "demo|discretize|describe|" and done.stderr == ""
+    assert lines[1] == "--halving|--halving_tokens|--halving_learning_rate|"
+    assert "my" in lines[2] and "--resume_from_checkpoint" in lines[3]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells(shell, scripts):
+    for command in COMMANDS:
+        assert command in scripts[shell]
+        for flag in list(flags_of(command))[:3]:
+            assert (flag if shell == "zsh" else f"-l {flag[2:]} ") in scripts[shell]
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=scripts[shell], text=True, check=True)
+
+
+def test_another_shell(capsys):
+    assert main(["completion", "tcsh"]) == 2 and "allowed are bash, zsh, fish" in capsys.readouterr().err
