@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY_TO_RUN := $(VENV)/.ready-to-run
 READY_TO_TEST := $(VENV)/.ready-to-test
+READY_TO_DOCUMENT := $(VENV)/.ready-to-document
 BENCHMARKS := $(notdir $(basename $(wildcard benchmarks/experiments/*.yaml benchmarks/[a-z]*.py)))
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test docs lint format bench clean
 
 $(READY_TO_RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -20,11 +21,20 @@ $(READY_TO_TEST): $(READY_TO_RUN)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY_TO_TEST)
 
+$(READY_TO_DOCUMENT): $(READY_TO_RUN)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $(READY_TO_DOCUMENT)
+
 demo: $(READY_TO_RUN)
 	$(BIN)/manticore demo
 
 test: $(READY_TO_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not cuda"
+
+# Strict: a broken link or anchor, a name that is not there or a page out of the navigation is an error.
+docs: $(READY_TO_DOCUMENT)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .
