@@ -54,6 +54,7 @@ def test_snippets_and_commands(name, world, tmp_path, monkeypatch, capsys):
         run(ROOT / name, shutil.copytree(world, tmp_path / "folder"), {})
 
 
+@pytest.mark.timeout(900)
 def test_snippets_and_commands_of_the_hub(world, tmp_path):
     for name in ("README.md", "hub.md"):
         shutil.copytree(world, tmp_path / name)
@@ -73,7 +74,7 @@ def test_snippets_and_commands_of_the_hub(world, tmp_path):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=870,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         pushed = {name for name, repository in hub.store.repositories.items() if len(repository.history()) > 1}
@@ -108,7 +109,9 @@ def test_links_lead_somewhere(name):
         assert file.exists(), f"{name}: {target}"
         if anchor and "." not in anchor:  # names with dots are the reference's, which the strict build checks
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                target
+            )
 
 
 def messages_in_the_source() -> list[str]:
