@@ -172,6 +172,7 @@ def test_report_folder(tmp_path):
         "blocks.png",
         "components.png",
         "pareto.png",
+        "report.html",
         "stitch.json",
     ]
     assert len(str(report).splitlines()) == 4 and report.best.slices in str(report)
