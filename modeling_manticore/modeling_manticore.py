@@ -285,6 +285,7 @@ class ManticoreModel(ManticorePreTrainedModel):
     def run_stems(
         self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream
     ) -> Boundary:
+        """Block 0: the states of all stems, (batch, tokens, d_k) each, and what of the stream is asked for."""
         weights = component_weights(self.config, 0, first_weights)
         states = [
             run_view(
