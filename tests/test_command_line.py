@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from command_runs import component_folders, options
@@ -103,7 +104,12 @@ def test_ctrl_c_in_a_training_says_where_to_resume(folders, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", "import sys; from modeling_manticore.commands import main; sys.exit(main())"]
     process = subprocess.Popen(
-        [*command, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [*command, *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for background jobs
     )
     end = time.monotonic() + 200
     while not list(out.glob("checkpoint-*/trainer_state.json")):

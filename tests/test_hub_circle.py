@@ -188,7 +188,7 @@ class Circle:
         code, printed = self.end()
         assert code == 0, printed[-3000:]
         assert "[7/8] card: done before" in printed and "[8/8] push: running" in printed
-        assert self.there() == {*BEFORE_PUSH, "push"}
+        assert self.there() == {*BEFORE_PUSH, "push", "report.html"}
         assert not any(path.name.startswith(PREFIX) for path in self.temporary.iterdir())
 
     def check_repository(self, hub):
