@@ -13,9 +13,9 @@ from modeling_manticore.experiments.claims import judge
 from modeling_manticore.experiments.intervals import interval, paired, sign_flip_p, t_quantile
 from modeling_manticore.experiments.jobs import nameless, run_fields
 from modeling_manticore.experiments.records import write_lines
-from modeling_manticore.experiments.report import write_report
+from modeling_manticore.experiments.report import section, write_report
 from modeling_manticore.experiments.results import Results
-from modeling_manticore.experiments.schema import BEST, Claim, load_experiment
+from modeling_manticore.experiments.schema import BEST, Budget, Claim, Published, load_experiment
 from modeling_manticore.experiments.tables import difference_table, measured_table
 
 
@@ -209,3 +209,19 @@ def test_broken_runs_are_named(tmp_path):
     (tmp_path / "smoke.jsonl").write_text('{"digest": 1}\n')
     with pytest.raises(ValueError, match="smoke.jsonl: line 1 is no run"):
         Results(experiment)
+
+
+def test_published_numbers_stand_in_the_table_with_what_differs(tmp_path):
+    experiment = experiment_in(tmp_path)
+    experiment.tasks[0].published = Published("far more rows", {"S4": 59.6})
+    experiment.tasks[1].published = Published("larger models", {"Transformer (LRA paper)": 36.37, "S4": 86.8})
+    experiment.tasks[1].budget = Budget(steps=4, batch_size=8)
+    results = Results(experiment, lines_of(experiment, dict.fromkeys(["memorization", "compression"], GOOD)))
+    assert not results.outdated
+    text = measured_table(results)
+    assert "| *published: S4* | 59.6 | 86.8 |" in text
+    assert "| *published: Transformer (LRA paper)* | - | 36.37 |" in text
+    assert "| *the published setting* | far more rows | larger models |" in text
+    assert "On compression: steps 4, batch size 8." in section(results, None)
+    experiment.tasks[1].budget = Budget(steps=3)
+    assert Results(experiment, results.lines).outdated == len(results.lines) / 2

@@ -245,3 +245,43 @@ def test_a_killed_grid_leaves_nothing_half_written_and_is_continued(tmp_path):
 
 
 CHILD = "import sys; from modeling_manticore.commands import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_task_may_have_a_budget_of_its_own_and_what_others_published_decides_no_run(untrained, tmp_path):
+    plain = smoke(tmp_path / "plain")
+    file = tmp_path / "own.yaml"
+    own = "budget: {tuning_steps: 1, steps: 3, batch_size: 4, group_by_length: true}\n    "
+    published = "published: {difference: another setting, accuracies: {S4: 59.6}}\n    "
+    text = SMOKE.read_text()
+    assert text.count("    options: {vocab_size: 4,") == 1
+    file.write_text(text.replace("options: {vocab_size: 4,", own + published + "options: {vocab_size: 4,"))
+    changed = load_experiment(file)
+    changed.output = str(tmp_path / "own")
+    run_experiment(plain, cache=tmp_path / "cache", progress=False)
+    untrained.clear()
+    run_experiment(changed, cache=tmp_path / "cache", progress=False)
+    assert len(untrained) == 16 and {s["task"]["task"] for s in untrained} == {"mad/compression"}
+    assert {s["steps"] for s in untrained} == {1, 3}
+    assert all(s["training"]["batch_size"] == 4 and s["training"]["group_by_length"] for s in untrained)
+    # Fields that came later are in no run that does not use them: those in caches still count.
+    job = next(iter(chains_of(plain)[0].jobs()))[0]
+    assert set(job.settings["task"]) == {"task", "options", "also_tested"}
+    assert "group_by_length" not in job.settings["training"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ("budget: {steps: 0}", "tasks[0].budget.steps: got 0"),
+        ("budget: {seeds: [1]}", "tasks[0].budget.seeds: there is no such field"),
+        ("published: {accuracies: {S4: 1.0}}", "tasks[0].published.difference: it is missing"),
+        ("published: {difference: d, accuracies: {S4: 590}}", "tasks[0].published.accuracies.S4: got 590"),
+        ("published: {difference: d, accuracies: {S4: high}}", "tasks[0].published.accuracies.S4: got 'high'"),
+    ],
+)
+def test_bad_budgets_and_published_numbers_name_the_field(fields, message, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(SMOKE.read_text().replace("    options:", f"    {fields}\n    options:", 1))
+    with pytest.raises(ValueError) as error:
+        load_experiment(file)
+    assert message in str(error.value)

@@ -47,7 +47,7 @@ class Chain:
     @property
     def count(self) -> int:
         """Number of runs."""
-        training = self.experiment.training
+        training = self.experiment.training_of(self.task)
         tuned = len(training.learning_rates) if len(training.learning_rates) > 1 else 0
         return len(self.models) * (tuned + len(training.seeds))
 
@@ -56,7 +56,7 @@ class Chain:
         Batches of jobs that may run at the same time; send the records of one, in its order, for the next. For each
         model all learning rates on the first seed (no batch with only one), then the best of them on all seeds.
         """
-        training = self.experiment.training
+        training = self.experiment.training_of(self.task)
         rates, first = training.learning_rates, training.seeds[0]
         finished: dict[tuple[str, int], dict] = {}
         for model in self.models:
@@ -71,7 +71,7 @@ class Chain:
         from .. import __version__
 
         experiment = self.experiment
-        training = experiment.training
+        training = experiment.training_of(self.task)
         layout = model
         settings: dict[str, Any] = {}
         if model.kind == "discretized":
@@ -96,13 +96,17 @@ class Chain:
 
 
 def nameless(entry: ModelEntry | TaskEntry) -> dict[str, Any]:
-    """An entry as plain values, without its name in the tables."""
-    return {key: value for key, value in asdict(entry).items() if key != "name"}
+    """An entry as plain values that decide a run: without its name, its budget and what others published."""
+    return {key: value for key, value in asdict(entry).items() if key not in ("name", "budget", "published")}
 
 
 def run_fields(training: Training) -> dict[str, Any]:
-    """What of the budget changes a single run; the rest is of the grid."""
-    return {name: getattr(training, name) for name in RUN_FIELDS}
+    """
+    What of the budget changes a single run; the rest is of the grid. What was added later is here only where it is not
+    the default, so that older runs still count.
+    """
+    found = {name: getattr(training, name) for name in RUN_FIELDS}
+    return found | ({"group_by_length": True} if training.group_by_length else {})
 
 
 def best_of(records: list[dict], task: TaskEntry) -> int:

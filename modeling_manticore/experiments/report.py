@@ -1,6 +1,7 @@
 """RESULTS.md: what the paper claims, what was measured, and whether it holds, out of experiments and their runs."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from .claims import judge
@@ -102,6 +103,10 @@ def _budget(results: Results) -> str:
         text += f"Learning rates {rates} compared on validation rows at {steps} steps on seed {training.seeds[0]}."
     else:
         text += f"Learning rate {rates}."
+    for task in results.experiment.tasks:
+        own = {name.replace("_", " "): value for name, value in asdict(task.budget).items() if value is not None}
+        if own:
+            text += f" On {task.name}: " + ", ".join(f"{name} {value}" for name, value in own.items()) + "."
     return text
 
 

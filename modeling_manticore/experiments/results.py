@@ -44,16 +44,20 @@ class Results:
     def _is_current(self, line: dict) -> bool:
         """Whether the line is of this file's grid, whichever learning rate was the best."""
         experiment, settings = self.experiment, line["settings"]
-        tasks = {task.name: nameless(task) for task in experiment.tasks}
+        task = next((task for task in experiment.tasks if task.name == line["task"]), None)
+        if task is None:
+            return False
+        training = experiment.training_of(task)
+        tuning_steps = min(training.tuning_steps, training.steps)
         models = {model.name: model.kind for model in experiment.models}
         return (
-            settings["task"] == tasks.get(line["task"])
+            settings["task"] == nameless(task)
             and settings["model"]["kind"] == models.get(line["model"])
             and settings["shape"] == asdict(experiment.shape)
-            and settings["training"] == run_fields(experiment.training)
-            and line["seed"] in experiment.training.seeds
-            and line["learning_rate"] in experiment.training.learning_rates
-            and (line["phase"] == TUNING or line["steps"] == experiment.training.steps)
+            and settings["training"] == run_fields(training)
+            and line["seed"] in training.seeds
+            and line["learning_rate"] in training.learning_rates
+            and line["steps"] == (tuning_steps if line["phase"] == TUNING else training.steps)
         )
 
     def _columns(self) -> list[Column]:

@@ -1,6 +1,6 @@
 """What may stand in an experiment file: one dataclass for each section. Nothing here trains or writes anything."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +116,54 @@ class ExtraTest:
 
 
 @dataclass
+class Budget:
+    """What a task may have in place of the experiment's budget, the same for all models; None leaves that."""
+
+    tuning_steps: int | None = checked(None, least=1, most=MOST_STEPS)
+    steps: int | None = checked(None, least=1, most=MOST_STEPS)
+    batch_size: int | None = checked(None, least=1, most=4096)
+    eval_steps: int | None = checked(None, least=1, most=MOST_STEPS)
+    group_by_length: bool | None = None
+
+
+@dataclass
+class Published:
+    """What others published for a task: accuracies in percent by model, and what differs in their setting."""
+
+    difference: str = checked(check=some_text)
+    accuracies: dict[str, float] = checked({}, least=1)
+
+    def validate(self, where: str) -> None:
+        """
+        Raises:
+            ValueError: an accuracy is not between 0 and 100.
+        """
+        for name, value in self.accuracies.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+                raise ValueError(f"{where}.accuracies.{name}: got {value!r}, allowed is a number in 0..100.")
+
+
+@dataclass
 class TaskEntry:
-    """A column of the tables: its name there, the task, its options, and further test splits."""
+    """
+    A column of the tables: its name there, the task, its options, further test splits, a `budget` of its own, and
+    published numbers to stand beside.
+    """
 
     name: str = checked(check=some_text)
     task: str = checked(check=some_text)
     options: dict[str, Any] = checked({})
     also_tested: list[ExtraTest] = checked([], most=16)
+    budget: Budget = field(default_factory=Budget)
+    published: Published | None = None
 
 
 @dataclass
 class Training:
     """
     The same budget for every model. Learning rates are compared by validation after `tuning_steps` on the first seed,
-    and the best one is trained for at most `steps` on every seed.
+    and the best one is trained for at most `steps` on every seed. `group_by_length` makes batches of rows of about one
+    length, so that less is padding.
     """
 
     learning_rates: list[float] = checked([5e-4, 2e-3, 5e-3], least=1, most=32)
@@ -142,6 +176,7 @@ class Training:
     eval_steps: int = checked(100, least=1, most=MOST_STEPS)
     stop_at: float | None = checked(0.995, above=0.0, most=1.0)
     mixture_learning_rate: float = checked(0.01, least=0.0)
+    group_by_length: bool = False
     calibration_rows: int = checked(256, least=1, most=10**6)
 
     def validate(self, where: str) -> None:
@@ -259,6 +294,12 @@ class Experiment:
             raise ValueError(
                 f"models[{i}].of: got {model.of!r}, allowed are {', '.join(map(repr, allowed)) or 'none'}."
             )
+
+    def training_of(self, task: TaskEntry) -> Training:
+        """The budget of all models on a task."""
+        return replace(
+            self.training, **{key: value for key, value in asdict(task.budget).items() if value is not None}
+        )
 
     def families_of(self, model: ModelEntry) -> list[str]:
         """Families of a hybrid from scratch: its own, or attention and state space of the shape."""

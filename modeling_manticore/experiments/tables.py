@@ -12,12 +12,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def measured_table(results: Results) -> str:
-    """Mean and 95 % t-interval over seeds: models x columns, with the frequency baseline below."""
+    """
+    Mean and 95 % t-interval over seeds: models x columns, with the frequency baseline below, and then what others
+    published, which was measured in another setting.
+    """
     rows = [[model, *(_measured(results, column, model) for column in results.columns)] for model in results.models]
     baselines = [results.baseline(column) for column in results.columns]
     if any(value is not None for value in baselines):
         rows.append(["*guess by frequency*", *("-" if v is None else f"{100 * v:.1f}" for v in baselines)])
-    return table(["", *map(_head, results.columns)], rows)
+    return table(["", *map(_head, results.columns)], rows + _published(results))
 
 
 def difference_table(results: Results) -> str:
@@ -74,6 +77,21 @@ def choice_table(results: Results) -> str | None:
             cells.append(", ".join(f"{choice} x{count}" for choice, count in sorted(found.items())) or "-")
         rows.append([name, *cells])
     return table(["", *(task.name for task in results.experiment.tasks)], rows)
+
+
+def _published(results: Results) -> list[list[str]]:
+    """A row for each model of others, and one of what differs from our setting; none where nothing is published."""
+    found = {task.name: task.published for task in results.experiment.tasks if task.published is not None}
+    if not found:
+        return []
+    own = [None if column.extra is not None else found.get(column.task) for column in results.columns]
+    models = dict.fromkeys(model for published in found.values() for model in published.accuracies)
+    rows = []
+    for model in models:
+        values = [None if published is None else published.accuracies.get(model) for published in own]
+        rows.append([f"*published: {model}*", *("-" if value is None else f"{value:g}" for value in values)])
+    differences = ("-" if published is None else " ".join(published.difference.split()) for published in own)
+    return [*rows, ["*the published setting*", *differences]]
 
 
 def _head(column: Column) -> str:

@@ -120,6 +120,7 @@ def _trainer(model: nn.Module, data, kind, training: Training, settings: dict, f
         weight_decay=training.weight_decay,
         lr_scheduler_type="cosine",
         warmup_steps=training.warmup_steps,
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         seed=settings["seed"],
