@@ -156,6 +156,21 @@ def test_finished_runs_are_never_redone_and_settings_decide(untrained, tmp_path)
     assert len(untrained) == 32
 
 
+def test_a_grid_goes_on_where_only_its_lines_are_left(untrained, tmp_path):
+    experiment = smoke(tmp_path / "out")
+    whole = run_experiment(experiment, cache=tmp_path / "cache", progress=False)
+    file = tmp_path / "out" / f"{experiment.name}.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["task"] == whole[0]["task"]]
+    assert 0 < len(kept) < len(lines)
+    file.write_text("".join(kept))
+    untrained.clear()
+    assert finished_runs(experiment, cache=tmp_path / "empty") == (len(kept), len(whole))
+    assert run_experiment(experiment, cache=tmp_path / "empty", progress=False) == whole
+    assert len(untrained) == len(whole) - len(kept)
+    assert file.read_text() == "".join(lines)
+
+
 def test_shards_together_are_the_whole(untrained, tmp_path):
     experiment = smoke(tmp_path / "parts")
     chains = chains_of(experiment)

@@ -61,6 +61,16 @@ def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
+# What a line says besides the record of its run.
+TOLD = ("experiment", "model", "task", "phase", "learning_rate", "seed", "steps", "digest", "settings")
+
+
+def entry_of(line: dict[str, Any]) -> dict[str, Any]:
+    """The cache's entry for a line: its settings, and the record of its run."""
+    record = {key: value for key, value in line.items() if key not in TOLD}
+    return {"settings": line.get("settings"), "record": record}
+
+
 def read_lines(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """
     The runs of an experiment, of its own file and of its shards', each once.

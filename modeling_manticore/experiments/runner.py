@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..tasks.text import cache_folder
 from .jobs import Chain, Job, chains_of, shard_of
-from .records import Cache, finite, lines_file, write_lines
+from .records import Cache, entry_of, finite, lines_file, read_lines, write_lines
 from .schema import Experiment, check_tasks
 from .tasks import TASKS
 
@@ -41,7 +41,8 @@ def run_experiment(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """
-    Run what is not in the cache, and write one JSON line a run to `experiment.output`, again after every run.
+    Run what is neither in the cache nor in the lines that `experiment.output` has already, and write one JSON line a
+    run there, again after every run.
 
     Args:
         workers: processes of one thread each; by default the experiment's. One runs in this process.
@@ -64,9 +65,8 @@ def run_experiment(
     if not experiment.models:
         raise ValueError(f"experiment: {experiment.name!r} has no models and tasks, so there is nothing to run.")
     check_tasks(experiment)
-    store = Cache(cache_folder() / "experiments" if cache is None else cache)
     output = lines_file(experiment.output, experiment.name, shard)
-    grid = _Grid(shard_of(chains_of(experiment), index, count), store)
+    grid = _Grid(shard_of(chains_of(experiment), index, count), _finished(experiment, cache))
     with ExitStack() as stack:
         stack.enter_context(_environment())
         bar = stack.enter_context(tqdm(total=grid.count, unit="run", desc=experiment.name, disable=not progress))
@@ -90,17 +90,37 @@ def run_experiment(
 def finished_runs(
     experiment: Experiment, shard: tuple[int, int] = (1, 1), cache: str | os.PathLike | None = None
 ) -> tuple[int, int]:
-    """How many runs are in the cache already, and how many there are."""
-    store = Cache(cache_folder() / "experiments" if cache is None else cache)
-    grid = _Grid(shard_of(chains_of(experiment), *shard), store)
+    """How many runs are in the cache or in the experiment's lines already, and how many there are."""
+    grid = _Grid(shard_of(chains_of(experiment), *shard), _finished(experiment, cache))
     grid.start()
     return len(grid.records), grid.count
+
+
+class _Finished:
+    """What has been run: here (the cache), or where the lines of the experiment come from (perhaps a clone)."""
+
+    def __init__(self, cache: Cache, lines: dict[str, dict]):
+        self._cache, self._lines = cache, lines
+
+    def get(self, digest: str) -> dict[str, Any] | None:
+        """The settings and the record of a run, or None."""
+        return self._cache.get(digest) or self._lines.get(digest)
+
+    def put(self, digest: str, entry: dict[str, Any]) -> None:
+        """Keep a run in the cache."""
+        self._cache.put(digest, entry)
+
+
+def _finished(experiment: Experiment, cache: str | os.PathLike | None) -> _Finished:
+    store = Cache(cache_folder() / "experiments" if cache is None else cache)
+    lines = read_lines(experiment.output, experiment.name)
+    return _Finished(store, {line["digest"]: entry_of(line) for line in lines})
 
 
 class _Grid:
     """The chains, how far each is, and what may run now."""
 
-    def __init__(self, chains: list[Chain], cache: Cache):
+    def __init__(self, chains: list[Chain], cache: _Finished):
         self.chains, self.cache = chains, cache
         self.count = sum(chain.count for chain in chains)
         self.records: dict[Job, dict] = {}
@@ -108,7 +128,7 @@ class _Grid:
         self._open: list[tuple[Any, list[Job]]] = []
 
     def start(self) -> None:
-        """Go as far as the cache goes."""
+        """Go as far as finished runs go."""
         for chain in self.chains:
             steps = chain.jobs()
             self._take(steps, next(steps))
