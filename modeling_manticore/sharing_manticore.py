@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 
@@ -80,25 +80,39 @@ class SliceLayers(nn.ModuleList):
         chosen = list(self._modules.items())[index]
         tables = _TABLES.get()
         if tables is not None and tables.skips:
-            chosen = [(name, layer) for name, layer in chosen if not isinstance(layer, PassThrough)]
-        return Numbered(layer for _, layer in chosen).at(int(name) for name, _ in chosen)
+            chosen = [entry for entry in chosen if type(entry[1]) is not PassThrough]
+        return Numbered(chosen)
 
 
 class Numbered(list):
-    """A list of layers that knows the index of each."""
+    """Layers, of (name, layer) pairs whose names are their indices."""
 
-    indices: list[int] = []
-
-    def at(self, indices) -> "Numbered":
-        """Itself, with these indices."""
-        self.indices = list(indices)
-        return self
+    def __init__(self, entries: list):
+        super().__init__([layer for _, layer in entries])
+        self.entries = entries
 
 
 def _enumerate(values, start: int = 0):
     """As the built-in; layers keep their own indices."""
     layers = values[:] if isinstance(values, SliceLayers) else values
-    return zip(layers.indices, layers) if isinstance(layers, Numbered) and start == 0 else enumerate(values, start)
+    if isinstance(layers, Numbered) and start == 0:
+        return [(int(name), layer) for name, layer in layers.entries]
+    return enumerate(values, start)
+
+
+class Plain:
+    """Stands for a class of outputs: has the fields given, None for others, and what was given first as item 0."""
+
+    def __init__(self, *values, **fields):
+        self.values = values or tuple(fields.values())
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, index: int):
+        return self.values[index]
 
 
 class Tables:
@@ -176,8 +190,9 @@ def _needs_no_wrapper(owner, args, kwargs) -> bool:
         and "return_dict" not in kwargs
         and not any(value for name, value in kwargs.items() if name.startswith("output_"))
         and "is_causal" not in kwargs
-        and getattr(owner.config, "is_causal", None) is None
-        and owner.config.return_dict
+        and not hasattr(type(owner.config), "is_causal")
+        and vars(owner.config).get("is_causal") is None
+        and vars(owner.config).get("return_dict", True)
         and not (owner.training and getattr(owner, "gradient_checkpointing", False))
     )
 
@@ -201,7 +216,8 @@ def _lean(family) -> tuple[types.FunctionType, bool]:
     builders = {
         name: _shared(f) for name, f in own.items() if getattr(f, "__module__", None) == BUILDERS and callable(f)
     }
-    names = own | builders | {"enumerate": _enumerate}
+    outputs = {name: Plain for name, kind in own.items() if isinstance(kind, type) and issubclass(kind, ModelOutput)}
+    names = own | builders | outputs | {"enumerate": _enumerate}
     copy = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
     copy.__kwdefaults__ = inner.__kwdefaults__
     return copy, not COUNTING & _global_names(inner.__code__)
@@ -233,26 +249,24 @@ def _shared(builder):
 def _mask_key(
     builder, config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **others
 ) -> tuple | None:
-    """All that a mask depends on; None where the cache does not say. Of the embeddings only shape and kind count."""
-    sizes = None
+    """
+    All that a mask depends on; None where the cache does not say. Of the embeddings only shape and kind count, of a
+    cache the kinds of its layers and the tokens that all of them have seen.
+    """
+    seen = None
     if past_key_values is not None:
-        if (firsts := getattr(past_key_values, "first_of_kind", None)) is None:
+        if (kinds := getattr(past_key_values, "kinds", None)) is None:
             return None
-        length = inputs_embeds.shape[1]
-        sizes = [(kind, past_key_values.get_mask_sizes(length, index)) for kind, index in firsts.items()]
-        sizes = (past_key_values.get_seq_length(), *sizes)
+        seen = id(past_key_values.parent), past_key_values.get_seq_length(), kinds
     same = tuple((name, id(value)) for name, value in others.items())
     kind = inputs_embeds.shape[:2], inputs_embeds.dtype, inputs_embeds.device
-    return builder, id(config), config._attn_implementation, id(attention_mask), id(position_ids), sizes, same, kind
+    return builder, id(config), id(attention_mask), id(position_ids), seen, same, kind
 
 
-def first_of_kind(layers: list) -> dict[tuple, int]:
-    """{kind of a cache's layer, all that masks depend on but for its length: index of the first such layer}."""
-    kinds = {}
-    for index, layer in enumerate(layers):
-        flags = [getattr(layer, name, None) for name in ("is_sliding", "is_linear", "is_dummy", "sliding_window")]
-        kinds.setdefault((type(layer), *flags), index)
-    return kinds
+def kinds_of(layers: list) -> frozenset:
+    """What is told apart of a cache's layers by masks: all but the number of tokens seen."""
+    names = ("is_sliding", "is_linear", "is_dummy", "sliding_window")
+    return frozenset((type(layer), *(getattr(layer, name, None) for name in names)) for layer in layers)
 
 
 def _idle_mask(owner, builder, kwargs):
