@@ -3,7 +3,7 @@ What the slices of one forward pass need not do each for itself: masks and rotar
 layers outside a slice cost next to nothing, and a view without layers builds no mask for every token.
 
 The families' own code stays what runs. Their builders of masks are called through a copy of the forward of whatever
-owns the layers, and their rotary modules through `forward`; a graph being captured, or a caller without `Tables`, gets
+owns the layers, their rotary modules through a subclass. A graph being captured, or a caller without `Tables`, gets
 the family's forward as it is.
 """
 
@@ -157,29 +157,48 @@ class sharing:
 
 def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:
     """Let the owner of the layers of a view, and its rotary modules, build in the tables of the pass, if any."""
-    owner.forward = types.MethodType(_owner_forward, owner)
     owner.idle_masks = {}
     owner.runs_layers = any(not isinstance(layer, PassThrough) for layer in layers)
+    owner.__class__ = _subclass(type(owner), _owner_forward)
     for child in owner.children():
         if is_pure_table(child):
-            child.forward = types.MethodType(_table_forward, child)
+            child.__class__ = _subclass(type(child), _table_forward)
 
 
-def _owner_forward(self, *args, **kwargs):
-    family = type(self).forward
+@functools.cache
+def _subclass(family: type, own_forward) -> type:
+    """
+    A class with another `forward(family, self, ...)`. It has the family's name, under which transformers has noted
+    what it knows of the class; so copies and pickles make it anew.
+    """
+
+    @functools.wraps(family.forward)
+    def forward(self, *args, **kwargs):
+        return own_forward(family, self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _remake, (family, own_forward), self.__dict__
+
+    content = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": family.__module__}
+    return type(family.__name__, (family,), content | {"__qualname__": family.__qualname__, "shares_tables": True})
+
+
+def _remake(family: type, own_forward) -> nn.Module:
+    kind = _subclass(family, own_forward)
+    return kind.__new__(kind)
+
+
+def _owner_forward(family, self, *args, **kwargs):
     tables = None if torch.compiler.is_compiling() else _TABLES.get()
     if tables is None or not _needs_no_wrapper(self, args, kwargs):
-        return family(self, *args, **kwargs)
-    forward, walks = _lean(family)
+        return family.forward(self, *args, **kwargs)
+    forward, walks = _lean(family.forward)
     before = tables.skips, tables.idle
     tables.skips, tables.idle = walks and self.runs_layers, None if self.runs_layers else self
     try:
         return forward(self, *args, **kwargs)
     finally:
         tables.skips, tables.idle = before
-
-
-_owner_forward.__name__ = "forward"  # under which pickle finds the family's own again
 
 
 def _needs_no_wrapper(owner, args, kwargs) -> bool:
@@ -315,9 +334,9 @@ def _as_tuple(value) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _table_forward(self, x, position_ids, *args, **kwargs):
+def _table_forward(family, self, x, position_ids, *args, **kwargs):
     def build():
-        return type(self).forward(self, x, position_ids, *args, **kwargs)
+        return family.forward(self, x, position_ids, *args, **kwargs)
 
     tables = None if torch.compiler.is_compiling() else _TABLES.get()
     if tables is None:
@@ -328,10 +347,8 @@ def _table_forward(self, x, position_ids, *args, **kwargs):
         if found is None or found[0] != key:
             self.idle_table = found = key, build()
         return found[1]
-    key = type(self), id(self.config), id(position_ids), x.dtype, x.device, args, tuple(kwargs.items())
+    key = family, id(self.config), id(position_ids), x.dtype, x.device, args, tuple(kwargs.items())
     return tables.get(key, (self.config, position_ids), build)
 
-
-_table_forward.__name__ = "forward"
 
 __all__ = ["Tables", "new_tables", "share_tables", "sharing"]

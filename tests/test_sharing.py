@@ -10,6 +10,7 @@ from tiny import FAMILIES, tokens
 from transformers.models.llama import modeling_llama
 
 from modeling_manticore import ManticoreConfig, ManticoreForCausalLM, modeling_manticore, sharing_manticore
+from modeling_manticore.slicing_manticore import run_view
 
 
 def hybrid(families, paths, change=()):
@@ -142,10 +143,21 @@ def test_copies_share_among_themselves():
     model = hybrid(["llama", "gpt_neox"], [(0, 0, 2), (1, 0, 2), (0, 2, 4)])
     expected = padded_prefill_and_steps(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        for module in other.modules():
-            if "forward" in vars(module):
-                assert module.forward.__self__ is module
+        kinds = [type(module) for module in other.modules()]
+        assert kinds == [type(module) for module in model.modules()]
+        assert sum(hasattr(kind, "shares_tables") for kind in kinds) == 10  # five views with a rotary module each
         assert same(padded_prefill_and_steps(other), expected)
+
+
+@torch.no_grad()
+def test_a_shallow_copy_runs_its_own_layers():
+    model = hybrid(["llama", "gpt_neox"], [(0, 0, 2), (1, 0, 2), (0, 2, 4)])
+    view = model.model.blocks[0].paths[0].slice
+    other = copy.copy(view)
+    other._modules = view._modules | {"layers": torch.nn.ModuleList()}
+    hidden, positions = torch.randn(1, 3, 32), torch.arange(3)[None]
+    assert torch.equal(run_view(other, inputs_embeds=hidden, position_ids=positions), hidden)
+    assert not torch.equal(run_view(view, inputs_embeds=hidden, position_ids=positions), hidden)
 
 
 @torch.no_grad()
