@@ -26,6 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from .configuration_manticore import ManticoreConfig
 from .scan_manticore import use_own_scan
+from .sharing_manticore import kinds_of
 
 
 # Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
@@ -65,7 +66,7 @@ class SliceCache(Cache):
     def __init__(self, parent: "ManticoreCache", layers: list, start: int, depth: int):
         placeholders = [Placeholder() for _ in range(depth)]
         super().__init__(layers=placeholders[:start] + layers + placeholders[start + len(layers) :])
-        self.parent = parent
+        self.parent, self.kinds = parent, kinds_of(self.layers)
         self.ahead = 0  # tokens of the current forward pass that this slice has already been fed, one at a time
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

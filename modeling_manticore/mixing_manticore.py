@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
+from .sharing_manticore import Tables
 from .slicing_manticore import run_view
 
 
@@ -416,10 +417,11 @@ class ManticoreBlock(nn.Module):
         cache: ManticoreCache | None = None,
         need_stream: bool = False,
         routers: dict[int, list] | None = None,
+        tables: Tables | None = None,
     ) -> Boundary:
         """
         Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation. `routers`
-        collects the router logits of the components that are its keys.
+        collects the router logits of the components that are its keys; `tables` those of masks and rotary factors.
         """
         paths, own = [self.paths[p] for p in self.real], [weights[p] for p in self.real]
         inputs, states = self.before.receive(boundary, [q.in_projector for q in paths], own, self.training), []
@@ -438,6 +440,7 @@ class ManticoreBlock(nn.Module):
                     position_ids=position_ids,
                     cache=view,
                     router_logits=None if routers is None else routers.get(self.components[p]),
+                    tables=tables,
                 )
             )
         through = {} if self.skip is None else {"passed": boundary, "share": weights[self.skip]}

@@ -35,10 +35,10 @@ from .mixing_manticore import (
     stream_of,
     weighted_sum,
 )
+from .sharing_manticore import new_tables
 from .slicing_manticore import (
     ComponentBlueprint,
     OutsideLoops,
-    attention_for,
     boundaries_wanted,
     collect_dtype_rules,
     component_blueprints,
@@ -115,19 +115,6 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
         self.config.vocab_size = size
         self.tie_weights()
         return self.get_input_embeddings()
-
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As in transformers, for every component with attention; families without "sdpa" stay eager under it."""
-        if isinstance(attn_implementation, dict):
-            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
-        chosen = self._check_and_adjust_attn_implementation(attn_implementation, False, allow_all_kernels)
-        views = [m for m in self.modules() if isinstance(m, PreTrainedModel) and m.config is not self.config]
-        wanted = [(view, attention_for(type(view), chosen)) for view in views]
-        for view, implementation in wanted:
-            view.get_correct_attn_implementation(implementation)
-        self.config._attn_implementation_internal = chosen
-        for view, implementation in wanted:
-            view.set_attn_implementation(implementation, allow_all_kernels)
 
     def mixture_weights(self) -> list[torch.Tensor]:
         """The mixture weights of every block: B float32 tensors on the simplex, shape (paths of the block,)."""
@@ -250,22 +237,27 @@ class ManticoreModel(ManticorePreTrainedModel):
             past_key_values = ManticoreCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_shapes(given, attention_mask, position_ids, seen)
-        check_rope(self.config, given.shape[1], seen)
+        tokens = given.shape[1]
+        check_rope(self.config, tokens, seen)
         if self.is_recurrent:
-            check_order(attention_mask, position_ids, given.shape[1], seen)
+            check_order(attention_mask, position_ids, tokens, seen)
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
         check_positions(self.config, self._position_limits, position_ids, seen)
 
         weights, wanted = self._block_weights(), boundaries_wanted(output_hidden_states, len(self.blocks) + 1)
         routers = router_collectors(self.config, output_router_logits)
-        boundary = self.run_stems(input_ids, inputs_embeds, attention_mask, position_ids, weights[0], wanted[0])
+        tables = new_tables()
+        given = input_ids, inputs_embeds, attention_mask, position_ids
+        boundary = self.run_stems(*given, weights[0], wanted[0], tables)
         streams = [self._stream(boundary) if wanted[0] else None]
         for b, block in enumerate(self.blocks):
             need_stream = wanted[b + 1] or (b == len(self.blocks) - 1 and not return_boundary)
-            boundary = block(boundary, weights[b], attention_mask, position_ids, past_key_values, need_stream, routers)
+            boundary = block(
+                boundary, weights[b], *given[2:], past_key_values, need_stream, routers=routers, tables=tables
+            )
             streams.append(self._stream(boundary) if wanted[b + 1] else None)
         if past_key_values is not None:
-            past_key_values.advance(given.shape[1])
+            past_key_values.advance(tokens)
         aux_loss, router_loss = router_losses(self.config, routers, attention_mask)
         return ManticoreModelOutput(
             last_hidden_state=None if return_boundary else self._stream(boundary),
@@ -283,7 +275,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         return stream_of(boundary).to(self.dtype)
 
     def run_stems(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream
+        self, input_ids, inputs_embeds, attention_mask, position_ids, first_weights, need_stream, tables=None
     ) -> Boundary:
         """Block 0: the states of all stems, (batch, tokens, d_k) each, and what of the stream is asked for."""
         weights = component_weights(self.config, 0, first_weights)
@@ -294,6 +286,7 @@ class ManticoreModel(ManticorePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                tables=tables,
             )
             for k in weights
         ]
@@ -397,7 +390,10 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         gates = list(weights.values())
         projectors = [self.head_projectors[str(k)] if str(k) in self.head_projectors else None for k in weights]
         inputs = self.junction.receive(boundary, projectors, gates, self.training)
-        logits = [None if state is None else run_head(self.heads[str(k)], state) for k, state in zip(weights, inputs)]
+        tables = new_tables()
+        logits = [
+            None if state is None else run_head(self.heads[str(k)], state, tables) for k, state in zip(weights, inputs)
+        ]
         return weighted_sum(gates, logits)
 
     def _prepare_cache_for_generation(

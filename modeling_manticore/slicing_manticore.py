@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from .cache_manticore import PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
+from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, share_tables, sharing
 
 
 FINAL_NORMS = ("norm", "final_norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "embedding_norm")
@@ -26,51 +27,6 @@ UNIT_FACTORS = ("normalizer", "embedding_multiplier")  # buffers or numbers that
 
 # Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
 ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
-
-
-class Zero(nn.Module):
-    """Stands for learned position embeddings where they must not be added."""
-
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        return torch.zeros(())
-
-
-class Absent:
-    """
-    Stands for a module or buffer that a view does without: it has every attribute, counts as initialised already, and
-    is the factor 1 in whatever type is asked for.
-    """
-
-    _is_hf_initialized = True
-
-    def __getattr__(self, name: str) -> "Absent":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def type(self, dtype: torch.dtype) -> float:
-        """The factor 1."""
-        return 1.0
-
-
-class PassThrough(nn.Module):
-    """
-    Stands for a layer outside the slice: returns its hidden states as that layer would, a tensor (`arity` 0) or an
-    n-tuple, and shows the layer's plain attributes, and that it had children, to code that looks at them.
-    """
-
-    def __init__(self, layer: nn.Module, arity: int):
-        super().__init__()
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training":
-                setattr(self, name, value)
-        for name, _ in layer.named_children():
-            setattr(self, name, Absent())
-        self.arity = arity
-
-    def forward(self, *args, **kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) + (None,) * (self.arity - 1) if self.arity else hidden
 
 
 class ComponentBlueprint:
@@ -146,14 +102,15 @@ class ComponentBlueprint:
 
     def _fill(self, base, start, stop, arity, stem, tail) -> None:
         owner, leaf = owner_of(base, self.layers_name)
-        owner._modules[leaf] = nn.ModuleList(
+        owner._modules[leaf] = SliceLayers(
             copy.deepcopy(layer, memo={id(self.config): self.config})
             if start <= i < stop
             else PassThrough(layer, arity)
             for i, layer in enumerate(self.layers)
         )
-        for layer in owner._modules[leaf][start:stop]:
+        for layer in list(owner._modules[leaf])[start:stop]:
             correct_layer(layer, self.config.model_type)
+        share_tables(owner, owner._modules[leaf])
         modules = owner._modules
         if not tail:
             _replace(modules, FINAL_NORMS + AFTER_LAST, nn.Identity)
@@ -248,12 +205,19 @@ def run_view(
     position_ids: torch.LongTensor | None = None,
     cache: SliceCache | None = None,
     router_logits: list | None = None,
+    tables: Tables | None = None,
 ) -> torch.Tensor:
     """
     Run a stem or a slice: tokens (batch, tokens) or hidden states (batch, tokens, d_k) -> hidden states
     (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far. What the
-    routers of a mixture of experts say, (batch * tokens, experts) a layer, is added to `router_logits` if given.
+    routers of a mixture of experts say, (batch * tokens, experts) a layer, is added to `router_logits` if given. Masks
+    and rotary tables come from `tables`, or go there, if given.
     """
+    with sharing(tables):
+        return _run_view(view, input_ids, inputs_embeds, attention_mask, position_ids, cache, router_logits)
+
+
+def _run_view(view, input_ids, inputs_embeds, attention_mask, position_ids, cache, router_logits):
     family = view.config.model_type
     tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     if cache is not None and tokens > 1 and cache.get_seq_length() and family in ONE_TOKEN_AT_A_TIME:
@@ -282,10 +246,11 @@ def run_view(
     return view(**arguments)[0]
 
 
-def run_head(head: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+def run_head(head: PreTrainedModel, hidden_states: torch.Tensor, tables: Tables | None = None) -> torch.Tensor:
     """Logits (batch, tokens, vocabulary) of last hidden states (batch, tokens, d_k); the lowest for padded ids."""
     options = {"output_router_logits": False} if "output_router_logits" in _parameters(type(head)) else {}
-    logits, size = head(inputs_embeds=hidden_states, use_cache=False, **options).logits, head.config.vocab_size
+    with sharing(tables):
+        logits, size = head(inputs_embeds=hidden_states, use_cache=False, **options).logits, head.config.vocab_size
     known = getattr(head.config, "padded_from", None) or size
     lowest = torch.finfo(logits.dtype).min  # with -inf the gradient of mixture weights would be NaN
     return logits if known == size else nn.functional.pad(logits[..., :known], (0, size - known), value=lowest)
@@ -296,13 +261,14 @@ def _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache
     for t in range(tokens):
         cache.ahead, now = t, slice(t, t + 1)
         steps.append(
-            run_view(
+            _run_view(
                 view,
-                inputs_embeds=inputs_embeds[:, now],
-                attention_mask=None if attention_mask is None else attention_mask[:, : t + 1 - tokens or None],
-                position_ids=position_ids[:, now],
-                cache=cache,
-                router_logits=router_logits,
+                None,
+                inputs_embeds[:, now],
+                None if attention_mask is None else attention_mask[:, : t + 1 - tokens or None],
+                position_ids[:, now],
+                cache,
+                router_logits,
             )
         )
     cache.ahead = 0
@@ -334,7 +300,7 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
 
 
 class OutsideLoops:
-    """What loops of other libraries do to a model and would silently get wrong for a hybrid."""
+    """What other libraries, or their loops, do to a model and would silently get wrong for a hybrid."""
 
     keep_forward = False  # True: a `forward` that would be refused is ignored; for callers that do without it
 
@@ -358,6 +324,19 @@ class OutsideLoops:
             )
         if not (fused and self.keep_forward):
             super().__setattr__(name, value)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As in transformers, for every component with attention; families without "sdpa" stay eager under it."""
+        if isinstance(attn_implementation, dict):
+            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
+        chosen = self._check_and_adjust_attn_implementation(attn_implementation, False, allow_all_kernels)
+        views = [m for m in self.modules() if isinstance(m, PreTrainedModel) and m.config is not self.config]
+        wanted = [(view, attention_for(type(view), chosen)) for view in views]
+        for view, implementation in wanted:
+            view.get_correct_attn_implementation(implementation)
+        self.config._attn_implementation_internal = chosen
+        for view, implementation in wanted:
+            view.set_attn_implementation(implementation, allow_all_kernels)
 
     @torch.no_grad()
     def logits_are_one_product(self) -> bool:

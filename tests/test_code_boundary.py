@@ -9,7 +9,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 
 PACKAGE = Path(__file__).parents[1] / "modeling_manticore"
-CARRIED = [f"{name}_manticore.py" for name in ("configuration", "modeling", "slicing", "mixing", "cache", "scan")]
+PARTS = ("configuration", "modeling", "slicing", "mixing", "cache", "scan", "sharing")
+CARRIED = [f"{name}_manticore.py" for name in PARTS]
 
 
 @pytest.mark.parametrize("name", CARRIED)

@@ -20,7 +20,8 @@ from modeling_manticore.hub.push import push_folder
 from modeling_manticore.hub.staging import remove_stale
 
 
-CODE = {f"{name}_manticore.py" for name in ("cache", "configuration", "mixing", "modeling", "scan", "slicing")}
+PARTS = ("cache", "configuration", "mixing", "modeling", "scan", "sharing", "slicing")
+CODE = {f"{name}_manticore.py" for name in PARTS}
 
 
 @pytest.fixture(scope="module")

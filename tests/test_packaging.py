@@ -19,7 +19,7 @@ from modeling_manticore.hub.card_check import check_card
 
 
 ROOT = Path(__file__).parents[1]
-CARRIED = {"cache", "configuration", "mixing", "modeling", "scan", "slicing"}
+CARRIED = {"cache", "configuration", "mixing", "modeling", "scan", "sharing", "slicing"}
 
 
 def run(command, folder, timeout=900, **environment):

@@ -17,6 +17,7 @@ CODE = {
     "mixing_manticore.py",
     "modeling_manticore.py",
     "scan_manticore.py",
+    "sharing_manticore.py",
     "slicing_manticore.py",
 }
 

@@ -10,7 +10,8 @@ from urllib.parse import unquote
 import yaml
 
 
-CARRIED = tuple(f"{n}_manticore.py" for n in ("cache", "configuration", "mixing", "modeling", "scan", "slicing"))
+PARTS = ("cache", "configuration", "mixing", "modeling", "scan", "sharing", "slicing")
+CARRIED = tuple(f"{name}_manticore.py" for name in PARTS)
 PICKLES = (".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 KINDS = "bpe cff csv gif jinja jpeg jpg json jsonl md model pdf png safetensors svg tiktoken txt vocab webp yaml yml"
 ALLOWED = {f".{kind}" for kind in KINDS.split(" ")}

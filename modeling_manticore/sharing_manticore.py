@@ -1,0 +1,354 @@
+"""
+What the slices of one forward pass need not do each for itself: masks and rotary tables are built once and shared,
+layers outside a slice cost next to nothing, and a view without layers builds no mask for every token.
+
+The families' own code stays what runs. Their builders of masks are called through a copy of the forward of whatever
+owns the layers, their rotary modules through a subclass. A graph being captured, or a caller without `Tables`, gets
+the family's forward as it is.
+"""
+
+import dis
+import functools
+import inspect
+import types
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+BUILDERS = "transformers.masking_utils"
+LEARNING_ROPE = ("dynamic", "longrope")  # rotary types whose modules change with the positions they have seen
+
+
+class Zero(nn.Module):
+    """Stands for learned position embeddings where they must not be added."""
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class Absent:
+    """
+    Stands for a module or buffer that a view does without: it has every attribute, counts as initialised already, and
+    is the factor 1 in whatever type is asked for.
+    """
+
+    _is_hf_initialized = True
+
+    def __getattr__(self, name: str) -> "Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def type(self, dtype: torch.dtype) -> float:
+        """The factor 1."""
+        return 1.0
+
+
+class PassThrough(nn.Module):
+    """
+    Stands for a layer outside the slice: returns its hidden states as that layer would, a tensor (`arity` 0) or an
+    n-tuple, and shows the layer's plain attributes, and that it had children, to code that looks at them.
+    """
+
+    def __init__(self, layer: nn.Module, arity: int):
+        super().__init__()
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training":
+                setattr(self, name, value)
+        for name, _ in layer.named_children():
+            setattr(self, name, Absent())
+        self.arity = arity
+
+    def forward(self, *args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) + (None,) * (self.arity - 1) if self.arity else hidden
+
+
+class SliceLayers(nn.ModuleList):
+    """The layers of a view under their own indices; a walk that a lean forward starts meets only those kept."""
+
+    def __iter__(self):
+        return iter(self[:])
+
+    def __getitem__(self, index):
+        if torch.compiler.is_compiling() or not isinstance(index, slice):
+            return super().__getitem__(index)
+        chosen = list(self._modules.items())[index]
+        tables = _TABLES.get()
+        if tables is not None and tables.skips:
+            chosen = [entry for entry in chosen if type(entry[1]) is not PassThrough]
+        return Numbered(chosen)
+
+
+class Numbered(list):
+    """Layers, of (name, layer) pairs whose names are their indices."""
+
+    def __init__(self, entries: list):
+        super().__init__([layer for _, layer in entries])
+        self.entries = entries
+
+
+def _enumerate(values, start: int = 0):
+    """As the built-in; layers keep their own indices."""
+    layers = values[:] if isinstance(values, SliceLayers) else values
+    if isinstance(layers, Numbered) and start == 0:
+        return [(int(name), layer) for name, layer in layers.entries]
+    return enumerate(values, start)
+
+
+class Plain:
+    """Stands for a class of outputs: has the fields given, None for others, and what was given first as item 0."""
+
+    def __init__(self, *values, **fields):
+        self.values = values or tuple(fields.values())
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, index: int):
+        return self.values[index]
+
+
+class Tables:
+    """
+    Masks and rotary tables of one forward pass, each under all that it depends on. `skips` says whether the forward
+    that runs at present walks over kept layers only, `idle` whether its view has none.
+    """
+
+    def __init__(self):
+        self.found, self.kept, self.skips, self.idle = {}, [], False, None
+
+    def get(self, key: tuple, inputs: tuple, build):
+        """What `build()` gives for this key; `inputs` are the objects whose identity is part of the key."""
+        if key not in self.found:
+            self.kept.append(inputs)  # else an identity could come to mean another object
+            self.found[key] = build()
+        return self.found[key]
+
+
+_TABLES: ContextVar[Tables | None] = ContextVar("tables of the running forward pass", default=None)
+
+
+def new_tables() -> Tables | None:
+    """Tables for a forward pass; None while a graph is captured, which takes the families' forwards as they are."""
+    return None if torch.compiler.is_compiling() or torch.jit.is_tracing() else Tables()
+
+
+class sharing:
+    """Views that run inside build their masks and rotary tables in `tables`; None: each by itself."""
+
+    def __init__(self, tables: Tables | None):
+        self.tables = tables
+
+    def __enter__(self) -> None:
+        if self.tables is not None:
+            self.token = _TABLES.set(self.tables)
+
+    def __exit__(self, *error) -> None:
+        if self.tables is not None:
+            _TABLES.reset(self.token)
+
+
+def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:
+    """Let the owner of the layers of a view, and its rotary modules, build in the tables of the pass, if any."""
+    owner.idle_masks = {}
+    owner.runs_layers = any(not isinstance(layer, PassThrough) for layer in layers)
+    owner.__class__ = _subclass(type(owner), _owner_forward)
+    for child in owner.children():
+        if is_pure_table(child):
+            child.__class__ = _subclass(type(child), _table_forward)
+
+
+@functools.cache
+def _subclass(family: type, own_forward) -> type:
+    """
+    A class with another `forward(family, self, ...)`. It has the family's name, under which transformers has noted
+    what it knows of the class; so copies and pickles make it anew.
+    """
+
+    @functools.wraps(family.forward)
+    def forward(self, *args, **kwargs):
+        return own_forward(family, self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _remake, (family, own_forward), self.__dict__
+
+    content = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": family.__module__}
+    return type(family.__name__, (family,), content | {"__qualname__": family.__qualname__, "shares_tables": True})
+
+
+def _remake(family: type, own_forward) -> nn.Module:
+    kind = _subclass(family, own_forward)
+    return kind.__new__(kind)
+
+
+def _owner_forward(family, self, *args, **kwargs):
+    tables = None if torch.compiler.is_compiling() else _TABLES.get()
+    if tables is None or not _needs_no_wrapper(self, args, kwargs):
+        return family.forward(self, *args, **kwargs)
+    forward, walks = _lean(family.forward)
+    before = tables.skips, tables.idle
+    tables.skips, tables.idle = walks and self.runs_layers, None if self.runs_layers else self
+    try:
+        return forward(self, *args, **kwargs)
+    finally:
+        tables.skips, tables.idle = before
+
+
+def _needs_no_wrapper(owner, args, kwargs) -> bool:
+    """Whether the wrappers around the forward, which fill in defaults and record outputs, have nothing to do."""
+    return (
+        not args
+        and kwargs.get("use_cache") is not None
+        and "return_dict" not in kwargs
+        and not any(value for name, value in kwargs.items() if name.startswith("output_"))
+        and "is_causal" not in kwargs
+        and not hasattr(type(owner.config), "is_causal")
+        and vars(owner.config).get("is_causal") is None
+        and vars(owner.config).get("return_dict", True)
+        and not (owner.training and getattr(owner, "gradient_checkpointing", False))
+    )
+
+
+_NOTHING = lambda self: None  # noqa: E731
+WRAPPERS = {wrap(_NOTHING).__code__ for wrap in (can_return_tuple, capture_outputs, merge_with_config_defaults)}
+
+
+@functools.cache
+def _lean(family) -> tuple[types.FunctionType, bool]:
+    """
+    (A copy of a family's forward without its outer wrappers, that asks the tables of the pass before it builds masks;
+    whether all that it does with its layers is to walk over them).
+    """
+    inner = family
+    while getattr(inner, "__code__", None) in WRAPPERS:
+        inner = inner.__wrapped__
+    if hasattr(inner, "__wrapped__") or not isinstance(inner, types.FunctionType):
+        return family, False
+    own = inner.__globals__
+    builders = {
+        name: _shared(f) for name, f in own.items() if getattr(f, "__module__", None) == BUILDERS and callable(f)
+    }
+    outputs = {name: Plain for name, kind in own.items() if isinstance(kind, type) and issubclass(kind, ModelOutput)}
+    names = own | builders | outputs | {"enumerate": _enumerate}
+    copy = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
+    copy.__kwdefaults__ = inner.__kwdefaults__
+    return copy, not COUNTING & _global_names(inner.__code__)
+
+
+COUNTING = {"len", "range", "zip", "map", "reversed", "iter"}
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_global_names, inner))
+
+
+def _shared(builder):
+    """A builder of masks that builds each mask once a pass."""
+
+    @functools.wraps(builder)
+    def build(*args, **kwargs):
+        tables, key = _TABLES.get(), None
+        if tables is not None and not args and {"config", "inputs_embeds"} <= kwargs.keys():
+            if tables.idle is not None and kwargs["inputs_embeds"].shape[1] == 1:
+                return _idle_mask(tables.idle, builder, kwargs)
+            key = _mask_key(builder, **kwargs)
+        return builder(*args, **kwargs) if key is None else tables.get(key, kwargs, lambda: builder(**kwargs))
+
+    return build
+
+
+def _mask_key(
+    builder, config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **others
+) -> tuple | None:
+    """
+    All that a mask depends on; None where the cache does not say. Of the embeddings only shape and kind count, of a
+    cache the kinds of its layers and the tokens that all of them have seen.
+    """
+    seen = None
+    if past_key_values is not None:
+        if (kinds := getattr(past_key_values, "kinds", None)) is None:
+            return None
+        seen = id(past_key_values.parent), past_key_values.get_seq_length(), kinds
+    same = tuple((name, id(value)) for name, value in others.items())
+    kind = inputs_embeds.shape[:2], inputs_embeds.dtype, inputs_embeds.device
+    return builder, id(config), id(attention_mask), id(position_ids), seen, same, kind
+
+
+def kinds_of(layers: list) -> frozenset:
+    """What is told apart of a cache's layers by masks: all but the number of tokens seen."""
+    names = ("is_sliding", "is_linear", "is_dummy", "sliding_window")
+    return frozenset((type(layer), *(getattr(layer, name, None) for name in names)) for layer in layers)
+
+
+def _idle_mask(owner, builder, kwargs):
+    """The mask of a lone token, for a view without layers, where none reads it: kept from token to token."""
+    given = kwargs["inputs_embeds"]
+    key = builder, len(given), given.dtype, given.device, kwargs["config"]._attn_implementation
+    if key not in (found := owner.idle_masks):
+        if any(len(given) != rows for _, rows, *_ in found):
+            found.clear()
+        no_cache = {name: None for name in ("attention_mask", "past_key_values", "position_ids") if name in kwargs}
+        found[key] = builder(**kwargs | no_cache)
+    return found[key]
+
+
+def is_pure_table(module: nn.Module) -> bool:
+    """
+    Whether what a module gives depends on its configuration, its positions and the kind of its first argument alone:
+    it has no parameters or children, its rotary type learns nothing, and its code asks only for the argument's `dtype`
+    and `device`.
+    """
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return (
+        not any(True for _ in module.parameters())
+        and not any(True for _ in module.children())
+        and all(isinstance(kind, str) and not any(word in kind for word in LEARNING_ROPE) for kind in kinds)
+        and hasattr(module, "config")
+        and _asks_for_the_kind_alone(inspect.unwrap(type(module).forward))
+    )
+
+
+@functools.cache
+def _asks_for_the_kind_alone(function) -> bool:
+    code = function.__code__
+    if code.co_argcount < 3 or code.co_varnames[2] != "position_ids" or code.co_varnames[1] in code.co_cellvars:
+        return False
+    steps = list(dis.get_instructions(code))
+    return all(
+        then.opname.startswith("LOAD_ATTR") and then.argval in ("dtype", "device")
+        for step, then in zip(steps, steps[1:])
+        if step.opname.startswith("LOAD_FAST") and code.co_varnames[1] in _as_tuple(step.argval)
+    )
+
+
+def _as_tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _table_forward(family, self, x, position_ids, *args, **kwargs):
+    def build():
+        return family.forward(self, x, position_ids, *args, **kwargs)
+
+    tables = None if torch.compiler.is_compiling() else _TABLES.get()
+    if tables is None:
+        return build()
+    if tables.idle is not None and position_ids.shape[1] == 1:
+        key = position_ids.shape, x.dtype, x.device, args, tuple(kwargs.items())
+        found = getattr(self, "idle_table", None)
+        if found is None or found[0] != key:
+            self.idle_table = found = key, build()
+        return found[1]
+    key = family, id(self.config), id(position_ids), x.dtype, x.device, args, tuple(kwargs.items())
+    return tables.get(key, (self.config, position_ids), build)
+
+
+__all__ = ["Tables", "new_tables", "share_tables", "sharing"]
