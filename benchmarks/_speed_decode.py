@@ -17,7 +17,6 @@ from modeling_manticore.cache_manticore import cache_growth
 
 DECODE_BOUND = 1.08
 CONSTANT_WITHIN = 0.10
-STEPS = 64
 WIDE = 16
 
 
@@ -28,10 +27,10 @@ class Decoder:
     model: nn.Module
     ids: torch.LongTensor
     cache: Cache | Caches
-    steps: int = STEPS
+    steps: int
 
     @classmethod
-    def filled(cls, model: nn.Module, ids: torch.LongTensor, steps: int = STEPS) -> "Decoder":
+    def filled(cls, model: nn.Module, ids: torch.LongTensor, steps: int) -> "Decoder":
         """Prefill all but the last `steps` tokens of (batch, tokens)."""
         given = ids[:, :-steps]
         with torch.inference_mode():
@@ -56,14 +55,14 @@ class Decoder:
         return Work(torch.inference_mode()(self.decode), lambda: copy.deepcopy(self.cache))
 
 
-def pair_of_decoders(pair: Pair, ids: torch.LongTensor) -> tuple[Decoder, Decoder, float]:
+def pair_of_decoders(pair: Pair, ids: torch.LongTensor, steps: int) -> tuple[Decoder, Decoder, float]:
     """
     The hybrid and the native model behind the same prefix, and how far their last logits differ.
 
     Raises:
         RuntimeError: they are not the same function.
     """
-    ours, native = (Decoder.filled(model, ids) for model in (pair.hybrid, pair.native))
+    ours, native = (Decoder.filled(model, ids, steps) for model in (pair.hybrid, pair.native))
     with torch.inference_mode():
         last = [decoder.decode(copy.deepcopy(decoder.cache)) for decoder in (ours, native)]
     difference = (last[0] - last[1]).abs().max().item()
@@ -83,16 +82,16 @@ def decode(shape: Shape, settings: Settings) -> list[dict]:
 
 
 def _row(pair: Pair, name: str, batch: int, context: int, shape: Shape, settings: Settings) -> dict:
-    ours, native, difference = pair_of_decoders(pair, tokens(shape, batch, context + STEPS))
+    ours, native, difference = pair_of_decoders(pair, tokens(shape, batch, context + shape.steps), shape.steps)
     row = settings.compare(
         f"decode, {name}, batch {batch}, {context}", ours.work(), native.work(), DECODE_BOUND, tokens=context
     )
-    fixed = (row["seconds"] - row["reference_seconds"]) / STEPS / pair.slices * 1e3
+    fixed = (row["seconds"] - row["reference_seconds"]) / shape.steps / pair.slices * 1e3
     return row | {
         "logits_differ_by": difference,
         "series": f"{name}, batch {batch}",
-        "milliseconds_per_token": row["seconds"] / STEPS * 1e3,
-        "native_milliseconds_per_token": row["reference_seconds"] / STEPS * 1e3,
+        "milliseconds_per_token": row["seconds"] / shape.steps * 1e3,
+        "native_milliseconds_per_token": row["reference_seconds"] / shape.steps * 1e3,
         "extra_milliseconds_per_token_and_slice": fixed,
         "cache_bytes_per_token": key_value_bytes(pair, batch, ours, shape) if pair.has_attention else 0,
     }
@@ -123,7 +122,7 @@ def decode_of_states(shape: Shape, settings: Settings) -> list[dict]:
     """
     pair = two_states(shape)
     contexts = shape.state_contexts
-    decoders = {n: Decoder.filled(pair.hybrid, tokens(shape, 1, n + STEPS)) for n in contexts}
+    decoders = {n: Decoder.filled(pair.hybrid, tokens(shape, 1, n + shape.steps), shape.steps) for n in contexts}
     works = {str(n): decoder.work() for n, decoder in decoders.items()} | {"again": decoders[contexts[0]].work()}
     taken = take_turns(works, settings.seconds * len(contexts), fewest=settings.fewest)
     rows = []
@@ -138,8 +137,8 @@ def decode_of_states(shape: Shape, settings: Settings) -> list[dict]:
         row["met"] = row["met"] and found.low > 1 - CONSTANT_WITHIN - found.noise
         row["clocks"] = {c: {"ratio": r.ratio, "interval": [r.low, r.high]} for c, r in ratios.items()}
         row |= {"tokens": n, "series": "without attention, batch 1"}
-        rows.append(row | {"milliseconds_per_token": found.seconds / STEPS * 1e3})
-    first = rows[0]["reference_seconds"] / STEPS * 1e3
+        rows.append(row | {"milliseconds_per_token": found.seconds / shape.steps * 1e3})
+    first = rows[0]["reference_seconds"] / shape.steps * 1e3
     start = {"name": f"decode without attention, {contexts[0]}", "tokens": contexts[0]}
     return [start | {"series": "without attention, batch 1", "milliseconds_per_token": first}, *rows]
 

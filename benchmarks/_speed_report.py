@@ -14,13 +14,16 @@ def print_rows(title: str, rows: list[dict]) -> None:
 
 def _shown(row: dict) -> str:
     if "ratio" not in row:
-        figures = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-        return ", ".join(figures)
+        figures = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        return ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
     ratios = "  ".join(
         f"{row[kind]:6.3f} [{row[f'{name}interval'][0]:6.3f}, {row[f'{name}interval'][1]:6.3f}]"
         for kind, name in (("ratio", ""), ("again", "again_"))
     )
-    times = f"{row['seconds'] * 1e3:9.2f}  {row['reference_seconds'] * 1e3:9.2f}"
+    if "peak_bytes" in row:
+        times = f"{row['peak_bytes'] / 2**20:6.0f} MB  {row['reference_peak_bytes'] / 2**20:6.0f} MB"
+    else:
+        times = f"{row['seconds'] * 1e3:9.2f}  {row['reference_seconds'] * 1e3:9.2f}"
     return f"{times}  {ratios}  {verdict(row)}"
 
 

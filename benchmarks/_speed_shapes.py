@@ -37,6 +37,8 @@ class Shape:
     contexts: tuple = (256, 1024, 4096)
     wide_contexts: tuple = (256, 1024)  # of 16 rows
     state_contexts: tuple = (256, 1024, 4096, 16_384)
+    is_bounded: bool = True  # whether bounds are promised for it
+    steps: int = 64  # tokens that a decoding is averaged over
 
     def attention(self, layers: int | None = None) -> GPTNeoXConfig:
         """A Transformer."""
@@ -67,7 +69,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape("tiny", 64, 12, 512, 4, 128),
+    "tiny": Shape("tiny", 64, 12, 512, 4, 128, is_bounded=False),
     "small": Shape("small", 192, 12, 2048, 4, 128),
     "100m": Shape("100m", 768, 12, 8192, 2, 128, head=64, contexts=(256, 1024, 4096), wide_contexts=(256,)),
 }
