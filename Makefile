@@ -8,7 +8,7 @@ READY_TO_DOCUMENT := $(VENV)/.ready-to-document
 BENCHMARKS := $(notdir $(basename $(wildcard benchmarks/experiments/*.yaml benchmarks/[a-z]*.py)))
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test docs lint format bench clean
+.PHONY: demo test docs lint format bench bench-speed clean
 
 $(READY_TO_RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -55,6 +55,10 @@ ifdef NAME
 else
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 endif
+
+# Speed and memory against native models; ARGS are options of benchmarks/speed.py, as ARGS="--shapes tiny --resume".
+bench-speed: $(READY_TO_TEST)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
