@@ -27,7 +27,8 @@ BLOCKS = {name: blocks_of(text) for name, text in TEXTS.items()}
 RUN = {name for name, blocks in BLOCKS.items() if any(block.language in RUNNERS for block in blocks)}
 # Run in a process of its own, whose Hub is the loopback one. The card is the one that README.md's snippets write.
 ON_THE_HUB = {"README.md", "docs/howto/hub.md", "model_cards/hybrid.md"}
-NOT_RUN = {"docs/experiments.md": 1}  # fences that are not run, for the reason that stands before them
+# Fences that are not run, for the reason that stands before them.
+NOT_RUN = {"docs/experiments.md": 1, "docs/howto/cluster.md": 2}
 REPOSITORIES = {"EleutherAI/pythia-410m": "a-gpt-neox", "state-spaces/mamba-370m-hf": "a-mamba2"}
 CARD = "---\nlicense: apache-2.0\n---\n\n# A component\n"
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

@@ -28,7 +28,7 @@ FSDP = {
 }
 
 
-def launch(model, output, *words, fsdp=None, processes=2):
+def launch(model, output, *words, fsdp=None, processes=2, script="distributed_run.py"):
     """What the run saw; `fsdp` are the settings that differ from `FSDP`, None is DDP."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--main_process_port", "0", "--num_processes", str(processes)]
@@ -40,8 +40,7 @@ def launch(model, output, *words, fsdp=None, processes=2):
         words = ("--fsdp", *words)
         command += ["--use_fsdp", *(word for key, value in (FSDP | fsdp).items() for word in (f"--{key}", value))]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("distributed_run.py")), str(model), str(output), str(4 // processes)]
-        + [*words],
+        [*command, str(Path(__file__).with_name(script)), str(model), str(output), str(4 // processes)] + [*words],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -3,13 +3,20 @@
 import json
 from dataclasses import dataclass, field
 
-from .parsing import parse_options
+from .parsing import parse_options, require, require_positive
 
 
 @dataclass
 class PlanOptions:
     recipe: str = field(metadata={"help": "A .yaml file, or the name of a shipped recipe."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
+    gpus: list[int] = field(
+        default_factory=list, metadata={"help": "Numbers of GPUs: what training takes on each under FSDP."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "With --gpus, sequences of a step on each GPU."})
+    row_length: int | None = field(
+        default=None, metadata={"help": "With --gpus, tokens of a sequence (default: those of the recipe's training)."}
+    )
 
 
 KINDS = (PlanOptions,)
@@ -22,12 +29,15 @@ def run(arguments: list[str]) -> None:
     """
     (options,) = parse_options(KINDS, recipe_first(arguments), "plan")
 
+    require_positive(options, "batch_size", "row_length")
+    require(all(n >= 1 for n in options.gpus), f"gpus: got {options.gpus}, allowed are positive integers.")
     from transformers.utils import logging
 
-    from ..hub.plan import plan
+    from ..hub.plan import ClusterQuestion, plan
 
     logging.set_verbosity_error()
-    made = plan(options.recipe)
+    question = ClusterQuestion(options.gpus, options.batch_size, options.row_length) if options.gpus else None
+    made = plan(options.recipe, question)
     print(json.dumps(made.to_dict(), indent=2) if options.json else made)
     made.check()
 

@@ -16,6 +16,7 @@ from ..cache_manticore import path_name
 from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Projector
 from ..tasks.text import BUILT_IN
+from .cluster import ClusterPlan, cluster_plan
 from .component_facts import ComponentFacts, component_facts
 from .recipe_schema import Recipe
 from .recipes import load_recipe
@@ -45,6 +46,8 @@ class Plan:
         problems: why it cannot be made; everything that was found. notes: what else there is to know.
         supernet, hybrid: sizes; the hybrid's where its choice is known, else `smallest` and `largest`, by parameters,
             of those that the search may choose, with the choice of each.
+        cluster: what training "supernet" and "hybrid" (the largest where there is no choice yet) takes on several
+            GPUs, if that was asked for.
     """
 
     recipe: str
@@ -60,12 +63,13 @@ class Plan:
     smallest: dict[str, Any] | None = None
     largest: dict[str, Any] | None = None
     building: Building | None = None
+    cluster: dict[str, ClusterPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"cluster": {name: found.to_dict() for name, found in self.cluster.items()}}
 
     def check(self) -> None:
         """
@@ -81,13 +85,23 @@ class Plan:
         return table(self)
 
 
-def plan(recipe: Recipe | str | Path) -> Plan:
+@dataclass(frozen=True)
+class ClusterQuestion:
+    """Numbers of GPUs, sequences of a step on each, tokens of a sequence (None: those of the recipe's training)."""
+
+    gpus: list[int]
+    batch_size: int = 1
+    row_length: int | None = None
+
+
+def plan(recipe: Recipe | str | Path, cluster: ClusterQuestion | None = None) -> Plan:
     """
     What a recipe would make and what that would take. Read are configurations, tokenizers, the headers of weights (of
     repositories by range requests), cards and lists of files; no weights.
 
     Args:
         recipe: a recipe, its file, or the name of a shipped one.
+        cluster: asks for memory and transfers of training on several GPUs.
 
     Returns:
         The plan; `print` it. `check()` raises its problems.
@@ -123,10 +137,25 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     made.building = _building(model, facts, dtype, made.vocabulary)
     if config.is_discretized:
         made.hybrid, made.choice = sizes, [0] * len(config.blocks)
-        return made
-    made.supernet = sizes
-    _plan_choice(recipe, made, model, context, states, dtype)
+    else:
+        made.supernet = sizes
+        _plan_choice(recipe, made, model, context, states, dtype)
+    if cluster is not None:
+        _plan_cluster(recipe, made, cluster, model, context)
     return made
+
+
+def _plan_cluster(recipe: Recipe, made: Plan, asked: ClusterQuestion, model: Any, context: int) -> None:
+    """Training the supernet, and the hybrid of the choice or else the largest that the search may choose."""
+    tokens = asked.row_length
+    if tokens is None:
+        tokens = next((s.row_length for s in (recipe.finetune, recipe.search) if s is not None), context)
+    models = {"hybrid" if made.supernet is None else "supernet": model}
+    choice = made.largest["choice"] if made.largest else made.choice
+    if made.supernet is not None and choice is not None:
+        models["hybrid"] = build_on_meta(merged(model.config, choice)[0], model.dtype)
+    for name, trained in models.items():
+        made.cluster[name] = cluster_plan(trained, asked.gpus, tokens, asked.batch_size)
 
 
 def _facts(recipe: Recipe, made: Plan) -> list[ComponentFacts] | None:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from .cluster import cluster_table
+
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -33,6 +35,8 @@ def table(plan: "Plan") -> str:
             f"  composing: {_size(building.private_bytes)} of memory at the peak, {_size(building.mapped_bytes)} "
             f"mapped from files, {_size(building.download_bytes)} to download"
         )
+    for name, found in plan.cluster.items():
+        lines += cluster_table(name, found)
     lines += [f"  note: {note}" for note in plan.notes]
     lines += [f"  problem: {problem}" for problem in plan.problems]
     return "\n".join(lines)
