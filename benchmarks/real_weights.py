@@ -123,7 +123,7 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
     """Losses, shares of the gap, cache and parameters, for each set of layers."""
     losses, table = losses_of(preset, ledger), {}
     for layers in preset.replaced:
-        entry: dict = {"loss": {}, "share": {}}
+        entry: dict = {"loss": {}, "share": {}, "gain_over_linear": {}}
         for stage in STAGES:
             rows = {v: losses[v, () if v == "teacher" else layers, stage] for v in VARIANTS}
             entry["loss"][stage] = {v: {text: summary(x) for text, x in row.items()} for v, row in rows.items()}
@@ -131,6 +131,7 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
                 v: {t: summary(share_of_gap(rows["dropped"][t], rows[v][t], rows["teacher"][t])) for t in rows[v]}
                 for v in ("linear", "mamba2")
             }
+            entry["gain_over_linear"][stage] = {t: _gain(rows["linear"][t], rows["mamba2"][t]) for t in rows["linear"]}
         facts = {v: _facts(preset, ledger, v, () if v == "teacher" else layers) for v in VARIANTS}
         entry["parameters"] = {v: fact["parameters"] for v, fact in facts.items()}
         entry["cache_bytes_per_token"] = {v: fact["cache_bytes_per_token"] for v, fact in facts.items()}
@@ -138,6 +139,12 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
         entry["cache_saved"] = 1 - entry["cache_bytes_per_token"]["mamba2"] / whole
         table["+".join(map(str, layers))] = entry
     return table
+
+
+def _gain(linear: list[float], own: list[float]) -> dict:
+    """Nats by which a hybrid is better than the linear map, paired by seed, with the lower end of the interval."""
+    found = summary([x - y for x, y in zip(linear, own, strict=True)])
+    return found | {"low": None if found["half_width"] is None else found["mean"] - found["half_width"]}
 
 
 def _facts(preset: Preset, ledger: Ledger, variant: str, layers: tuple[int, ...]) -> dict:
@@ -155,6 +162,8 @@ def report(name: str, preset: Preset, ledger: Ledger) -> dict:
                 share = entry["share"][stage].get(variant)
                 cells += [f"share {shown(share['all']['values'])}"] if share else []
                 print(f"  {variant:8} " + "  ".join(cells))
+        gain = entry["gain_over_linear"]["after"]["all"]
+        print(f"  better than the linear map by {shown(gain['values'])} nats after the step")
         print(f"  key-value bytes saved: {entry['cache_saved']:.1%}")
     lines = [(unit, ledger.find(unit.settings(preset))) for unit in units(preset)]
     seconds = {kind: sum(line["seconds"][kind] for _, line in lines) for kind in ("cpu", "wall")}

