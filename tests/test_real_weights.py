@@ -1,0 +1,319 @@
+"""The benchmark on real weights, a tiny random Llama for SmolLM2: its models, its fit, its units, its arithmetic."""
+
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_manticore.tasks import packages
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DEPTH, LENGTH = 6, 16
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The benchmark's modules; they are scripts, not a package."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import _ledger
+        import _real_weights_data
+        import _real_weights_fit
+        import _real_weights_models
+        import _real_weights_units
+        import real_weights
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    modules = (_ledger, _real_weights_data, _real_weights_fit, _real_weights_models, _real_weights_units)
+    return {module.__name__: module for module in (*modules, real_weights)}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 96, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_with(teacher, ids, layer_output=None, attention_output=None):
+    """
+    Logits of the teacher with hooks: layer -> function of a layer's input that gives its output, or of its attention's
+    input that gives the attention's output.
+    """
+    hooks = []
+    for layer, function in (layer_output or {}).items():
+        module = teacher.model.layers[layer]
+        hooks.append(module.register_forward_hook(lambda m, args, out, function=function: function(args[0])))
+    for layer, function in (attention_output or {}).items():
+        module = teacher.model.layers[layer].self_attn
+        hooks.append(
+            module.register_forward_hook(
+                lambda m, args, kwargs, out, function=function: (function(kwargs["hidden_states"]), None),
+                with_kwargs=True,
+            )
+        )
+    try:
+        return teacher(input_ids=ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("layers", [[3], [1, 2, 4]])
+def test_dropped_layers_are_passed_by(parts, teacher, ids, layers):
+    model = parts["_real_weights_models"].dropped(teacher, layers)
+    expected = logits_with(teacher, ids, layer_output={layer: lambda x: x for layer in layers})
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, logits(teacher, ids), atol=1e-2)
+
+
+def test_linear_maps_stand_where_the_layers_were_and_fit_better_than_nothing(parts, teacher, tmp_path):
+    bench = _bench(parts, teacher, tmp_path)
+    model = bench.build("linear", [1, 4])
+    bridges = [block.paths[0].in_projector for block in model.model.blocks]
+    maps = {1: bridges[1], 4: bridges[2]}
+    assert bridges[0] is None and all(m.weight.requires_grad for m in maps.values())
+    rows = bench.rows["new"]
+    expected = logits_with(teacher, rows, layer_output=maps)
+    torch.testing.assert_close(logits(model, rows), expected, atol=1e-5, rtol=1e-5)
+    _, states = _inputs_and_outputs(teacher, rows, 1)
+    given, wanted = states
+    with torch.no_grad():
+        assert (maps[1](given) - wanted).norm() < 0.9 * (given - wanted).norm()
+    again = bench.build("linear", [1, 4])  # from the file
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def _inputs_and_outputs(teacher, rows, layer):
+    found = []
+    module = teacher.model.layers[layer]
+    hook = module.register_forward_hook(lambda m, args, out: found.append((args[0], out)))
+    result = logits(teacher, rows)
+    hook.remove()
+    return result, found[0]
+
+
+@pytest.mark.parametrize("layers", [[3], [1, 2, 4]])
+def test_a_mamba_replaces_the_attention_and_nothing_else(parts, teacher, ids, layers):
+    models = parts["_real_weights_models"]
+    torch.manual_seed(2)
+    donor = models.mamba_layers(teacher, len(layers), state=8, chunk=8)
+    mixers = {layer: own.mamba for layer, own in zip(layers, donor.model.layers)}
+    model = models.with_mamba(teacher, {layer: mixer.state_dict() for layer, mixer in mixers.items()}, state=8)
+    expected = logits_with(teacher, ids, attention_output=mixers)
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, logits(teacher, ids), atol=1e-2)
+    cached = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    step = model(input_ids=ids[:, -1:], past_key_values=cached).logits[:, -1]
+    torch.testing.assert_close(step.detach(), expected[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixer_that_gives_what_the_attention_gives_makes_the_teacher(parts, teacher, ids):
+    models = parts["_real_weights_models"]
+    donor = models.mamba_layers(teacher, 1, state=8)
+    model = models.with_mamba(teacher, {3: donor.model.layers[0].mamba.state_dict()}, state=8)
+    found, layer = [], teacher.model.layers[3]
+    hook = layer.self_attn.register_forward_hook(lambda m, args, out: found.append(out[0]))
+    expected = logits(teacher, ids)
+    hook.remove()
+    replaced = model.model.blocks[1].paths[0].slice.layers[0].mamba
+    replaced.register_forward_hook(lambda m, args, out: found[0])
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[], [0], [DEPTH - 1], [2, 2]])
+def test_layers_that_cannot_be_replaced_are_refused(parts, teacher, layers):
+    with pytest.raises(ValueError, match=rf"layers: got .* allowed are different ones of 1\.\.{DEPTH - 2}"):
+        parts["_real_weights_models"].dropped(teacher, layers)
+
+
+def test_cache_bytes(parts, teacher):
+    count = parts["_real_weights_units"].cache_bytes_per_token
+    models = parts["_real_weights_models"]
+    one = 2 * 2 * 8 * 2  # keys and values, two heads of width 8, two bytes
+    mixer = models.mamba_layers(teacher, 1, state=8).model.layers[0].mamba.state_dict()
+    assert count(teacher) == DEPTH * one
+    assert count(models.dropped(teacher, [1, 4])) == (DEPTH - 2) * one
+    assert count(models.with_mamba(teacher, {2: mixer}, state=8)) == (DEPTH - 1) * one
+
+
+# ---------------------------------------------------------------------- fit
+def _preset(parts, **changes):
+    sizes = {"fit_tokens": 60 * LENGTH, "linear_tokens": 60 * LENGTH, "train_tokens": 8 * LENGTH}
+    sizes |= {"test_tokens": 4 * LENGTH, "seeds": 2, "length": LENGTH, "state": 8, "replaced": ((1, 3),)}
+    return parts["_real_weights_units"].Preset(**sizes | changes)
+
+
+def _bench(parts, teacher, folder, **changes):
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"train": 64, "search": 4, "bible": 4, "shakespeare": 4, "new": 4}
+    rows = {name: torch.randint(0, 96, (count, LENGTH), generator=generator) for name, count in sizes.items()}
+    saved = folder / "teacher"
+    teacher.save_pretrained(saved)
+    return parts["_real_weights_units"].Bench(folder, _preset(parts, **changes), saved, rows)
+
+
+def test_a_stopped_fit_goes_on_where_it_was(parts, teacher, tmp_path):
+    whole = _bench(parts, teacher, tmp_path / "whole")
+    result = whole.fit(lambda: False)
+    stopped = _bench(parts, teacher, tmp_path / "stopped")
+    steps = iter([False, False, False, True])
+    with pytest.raises(parts["_real_weights_fit"].OutOfTime, match="after 4 of 15 steps"):
+        stopped.fit(lambda: next(steps))
+    assert not stopped.is_fitted()
+    again = stopped.fit(lambda: False)
+    fitted = parts["_real_weights_fit"].fitted
+    first, second = (fitted(bench.fit_folder(), [1, 3]) for bench in (whole, stopped))
+    for layer in (1, 3):
+        torch.testing.assert_close(first[layer], second[layer], atol=1e-6, rtol=1e-5)
+    assert again["explained"] == pytest.approx(result["explained"], abs=1e-4) and again["tokens"] == 60 * LENGTH
+    assert not list(stopped.fit_folder().glob("*unfinished*"))
+
+
+def test_a_fit_learns_and_refuses_more_tokens_than_there_are(parts, teacher, tmp_path):
+    bench = _bench(parts, teacher, tmp_path)
+    untrained = parts["_real_weights_fit"].MixerFit(bench.teacher(), [1, 3], bench.preset.fit, tmp_path / "other")
+    before = untrained.explained(bench.rows["search"])
+    after = bench.fit(lambda: False)["explained"]
+    assert all(after[layer] > before[layer] + 0.05 for layer in ("1", "3"))
+    greedy = _bench(parts, teacher, tmp_path / "greedy", fit_tokens=65 * LENGTH)
+    with pytest.raises(ValueError, match="fit_tokens: got 1,040, allowed are at most the 1,024"):
+        greedy.fit(lambda: False)
+
+
+# ---------------------------------------------------------------------- units
+def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch, capsys):
+    main, units = parts["real_weights"], parts["_real_weights_units"]
+    bench, file = _bench(parts, teacher, tmp_path, seeds=2), tmp_path / "ledger.jsonl"
+    preset = bench.preset
+    done, really = [], units.Bench.measured
+    monkeypatch.setattr(units.Bench, "measured", lambda self, unit: (done.append(unit), really(self, unit))[1])
+
+    def run(minutes=None):
+        done.clear()
+        ledger = parts["_ledger"].Ledger(file)
+        return main.Run(preset, ledger, bench, 1, minutes), ledger
+
+    first, ledger = run(minutes=1e-6)
+    assert first.all() is False and done == [] and not file.exists()  # the fit stops after a step
+    assert run()[0].all() is True
+    assert len(done) == 4 * 3 and len(set(done)) == len(done)
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 + len(done)
+    again, ledger = run()
+    assert again.missing() == [] and again.all() is True and done == []
+
+    file.write_text("\n".join(lines[:-1]) + "\n")  # the last unit is lost
+    last, ledger = run()
+    assert [str(unit) for unit in last.missing()] == ["mamba2 1+3, trained end to end, seed 1"]
+    (bench.fit_folder() / "fit.json").unlink()  # and the machine was wiped
+    assert [unit.kind for unit in last.missing()] == ["fit", "train"]
+    assert last.all() is True
+    assert json.loads(file.read_text().splitlines()[-1])["result"] == json.loads(lines[-1])["result"]
+
+    other = replace(preset, train_tokens=4 * LENGTH)
+    kinds = {unit.kind for unit in main.Run(other, ledger, bench, 1, None).missing()}
+    assert kinds == {"train"}  # what does not depend on the tokens of the end-to-end step is shared
+
+    results = main.report("test", preset, ledger)
+    entry = results["table"]["1+3"]
+    assert entry["cache_saved"] == pytest.approx(2 / DEPTH)
+    assert len(entry["share"]["after"]["mamba2"]["all"]["values"]) == 2
+    assert entry["share"]["before"]["mamba2"]["all"]["half_width"] is None
+    loss = {v: entry["loss"]["after"][v]["all"]["values"] for v in ("teacher", "dropped", "mamba2")}
+    expected = [(d - m) / (d - t) for t, d, m in zip(*loss.values())]
+    assert entry["share"]["after"]["mamba2"]["all"]["values"] == pytest.approx(expected)
+    linear = entry["loss"]["after"]["linear"]["all"]["values"]
+    gain = entry["gain_over_linear"]["after"]["all"]
+    assert gain["values"] == pytest.approx([x - y for x, y in zip(linear, loss["mamba2"])])
+    assert gain["low"] == pytest.approx(gain["mean"] - 12.706 * abs(gain["values"][0] - gain["values"][1]) / 2)
+    assert "key-value bytes saved: 33.3%" in capsys.readouterr().out
+
+
+def test_the_end_to_end_step_leaves_identity_bridges_alone(parts, teacher, tmp_path):
+    bench, units = _bench(parts, teacher, tmp_path), parts["_real_weights_units"]
+    for variant, trained in (("dropped", 0), ("linear", 1)):
+        model = bench.build(variant, [3])
+        whole = sum(p.numel() for p in model.parameters())
+        bridge = 32 * 32 + 32
+        found = bench.measured(units.Unit("train", variant, (3,), 0))
+        assert found["parameters"] == whole - (1 - trained) * bridge
+        assert found["train_tokens"] == 8 * LENGTH and set(found["texts"]) == {"bible", "shakespeare", "new"}
+
+
+def test_share_of_gap(parts):
+    share = parts["real_weights"].share_of_gap
+    assert share([4.0, 4.0], [3.0, 3.5], [2.0, 3.0]) == pytest.approx([0.5, 0.5])
+    assert share([4.0], [2.0], [2.0]) == [1.0] and share([4.0], [4.0], [2.0]) == [0.0]
+
+
+def test_a_broken_ledger_is_named(parts, tmp_path):
+    file = tmp_path / "ledger.jsonl"
+    file.write_text('{"settings": {}, "result": {}}\n')
+    with pytest.raises(ValueError, match=r"ledger.jsonl: line 1 is no finished unit \(KeyError"):
+        parts["_ledger"].Ledger(file)
+
+
+def test_sections_newer_than_a_date(parts):
+    text = "note\n\n3.1 (2026-02-01)\n======\n\n- new one\n\n{0}\n\n3.0 (2026-01-01)\n======\n\n{0}\n\n- other\n\n"
+    text = (text + "2.9 (2024-01-01)\n======\n\n- old\n").format("- backported " + "word " * 20)
+    data = parts["_real_weights_data"]
+    sections = data.newer_releases(text, data.datetime.date(2025, 6, 1))
+    assert len(sections) == 2 and "- new one" in sections[0] and "- other" in sections[1]
+    assert sum(section.count("backported") for section in sections) == 1
+    assert not any("old" in section or "note" in section for section in sections)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_files_of_a_package_are_fetched_once(source, tmp_path, monkeypatch):
+    content = {"pack-1/texts/b.txt": b"second", "pack-1/texts/a.txt": b"first", "pack-1/setup.py": b"raise"}
+    archive = tmp_path / ("pack-1.tar.gz" if source else "pack-1.whl")
+    if source:
+        with tarfile.open(archive, "w:gz") as opened:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                opened.addfile(member, io.BytesIO(data))
+    else:
+        with zipfile.ZipFile(archive, "w") as opened:
+            for name, data in content.items():
+                opened.writestr(name, data)
+    asked = []
+    monkeypatch.setattr(packages, "_download", lambda *given: (asked.append((given[0], given[2])), archive)[1])
+    for _ in range(2):
+        files = packages.fetch_files("pack==1", "*/texts/*.txt", tmp_path / "here" / "texts", source)
+        assert [(file.name, file.read_bytes()) for file in files] == [("a.txt", b"first"), ("b.txt", b"second")]
+    assert asked == [("pack==1", source)]
+    with pytest.raises(ValueError, match=r"pattern: got '\*.md', which matches \[\] of pack==1"):
+        packages.fetch_files("pack==1", "*.md", tmp_path / "none", source)
+    assert not (tmp_path / "none").exists()
