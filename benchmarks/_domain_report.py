@@ -49,7 +49,7 @@ class Report:
         units[CHOSEN] = plan.chosen(ledger, pair, seed)
         if seed in plan.from_scratch:
             for family in plan.families:
-                units[f"{family} from scratch on everything"] = plan.same_parameters(ledger, pair, family, seed)
+                units[f"{family} from scratch on everything"] = plan.same_parameters(ledger, family, seed)
         found = {name: None if unit is None else ledger.get(unit) for name, unit in units.items()}
         return None if None in found.values() else found
 

@@ -144,7 +144,7 @@ def hybrid(settings: dict, needs: dict, folder: None) -> dict:
     texts = Texts(needs["texts"])
     rows = texts.mixed("train", settings["calibration_rows"], 3000 + settings["seed"])
     model = discretize(_supernet(settings, needs), settings["choice"], rows, progress=False)
-    before = _scored(model, texts, settings)["search"]
+    before = _search_loss(model, texts, settings)
     bridges = len(model.config.blocks) - 1
     found = _extra(model, texts, settings, folder, used=rows.numel() * bridges)
     return found | {
@@ -264,5 +264,9 @@ def _scored(model: PreTrainedModel, texts: Texts, settings: dict) -> dict:
         tokens[domain] = sum(score.tokens for score in found)
     found = {"nats": nats, "test_tokens": tokens}
     if isinstance(model, PreTrainedModel):
-        found["search"] = measure(model, texts.mixed("search", settings["search_rows"], 0))["loss"]
+        found["search"] = _search_loss(model, texts, settings)
     return found
+
+
+def _search_loss(model: PreTrainedModel, texts: Texts, settings: dict) -> float:
+    return measure(model, texts.mixed("search", settings["search_rows"], 0))["loss"]
