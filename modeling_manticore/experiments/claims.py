@@ -10,6 +10,9 @@ from .results import Column, Results
 from .schema import Claim
 
 
+ENDS = {"low": "lower end", "high": "upper end"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """`holds` is None where the data cannot tell; `measured` says in a sentence what was found."""
@@ -120,8 +123,10 @@ def _number(claim: Claim, results: Results) -> Verdict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: it is not JSON ({error}).") from error
+    around: object = None
     for key in claim.path.split("/"):
         try:
+            around = value
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ValueError(f"{file}: there is no {claim.path!r} (at {key!r}).") from error
@@ -130,4 +135,15 @@ def _number(claim: Claim, results: Results) -> Verdict:
     low, high = claim.at_least, claim.at_most
     bounds = [f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None]
     holds = (low is None or value >= low) and (high is None or value <= high)
-    return Verdict(holds, f"{value:.4g} (needed: {' and '.join(bounds)})")
+    return Verdict(holds, f"{_in_interval(key, value, around)} (needed: {' and '.join(bounds)})")
+
+
+def _in_interval(key: str, value: float, around: object) -> str:
+    """A number; one that is the mean or an end of an interval with what the rest of the interval says."""
+    if not isinstance(around, dict) or key not in ("mean", "low", "high"):
+        return f"{value:.4g}"
+    mean, half = around.get("mean"), around.get("half_width")
+    if not all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in (mean, half)):
+        return f"{value:.4g}"
+    text = f"{mean:.4g} ± {half:.4g}"
+    return text if key == "mean" else f"{text}, {ENDS[key]} {value:.4g}"

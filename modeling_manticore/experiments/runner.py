@@ -26,6 +26,7 @@ DISTRIBUTED = (
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 DEVICES = "CUDA_VISIBLE_DEVICES"
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -182,10 +183,11 @@ def _work(grid: _Grid, pool, tell: Callable[[Job], None]) -> None:
 
 
 class _ThisProcess:
-    """One run at a time, here, on one thread."""
+    """One run at a time, here, on one thread. `work` makes a record of a job's settings; by default `training.run`."""
 
-    def __init__(self):
+    def __init__(self, work: Work | None = None):
         self._job: Job | None = None
+        self._work = work
 
     def __enter__(self):
         self._threads = torch.get_num_threads()
@@ -206,19 +208,19 @@ class _ThisProcess:
     def submit(self, job: Job) -> None:
         self._job = job
 
-    def done(self) -> Iterator[tuple[Job, dict | None, str | None]]:
+    def done(self, timeout: float | None = None) -> Iterator[tuple[Job, dict | None, str | None]]:
         job, self._job = self._job, None
-        yield job, *_answer(job.settings)
+        yield job, *_answer(self._work, job.settings)
 
 
 class _Workers:
     """
     Processes that live as long as the grid. One whose parent is gone ends after its run: a pipe that has no other end
-    raises EOFError.
+    raises EOFError. `work`, a function of a module, makes a record of a job's settings; by default `training.run`.
     """
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self, count: int, work: Work | None = None):
+        self._count, self._work = count, work
 
     def __enter__(self):
         context = multiprocessing.get_context("spawn")
@@ -227,7 +229,7 @@ class _Workers:
         self._processes = []
         for _ in range(self._count):
             own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(other,), daemon=True)
+            process = context.Process(target=_serve, args=(other, self._work), daemon=True)
             process.start()
             other.close()
             self._idle.append(own)
@@ -253,8 +255,9 @@ class _Workers:
         connection.send(job.settings)
         self._running[connection] = job
 
-    def done(self) -> Iterator[tuple[Job, dict | None, str | None]]:
-        for connection in wait(list(self._running)):
+    def done(self, timeout: float | None = None) -> Iterator[tuple[Job, dict | None, str | None]]:
+        """Those that ended, as soon as there is one, or none after so many seconds."""
+        for connection in wait(list(self._running), timeout):
             job = self._running.pop(connection)
             try:
                 record, error = connection.recv()
@@ -265,7 +268,7 @@ class _Workers:
             yield job, record, error
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, work: Work | None) -> None:
     """What a worker process does: settings in, (record, None) or (None, traceback) out, until the parent is gone."""
     torch.set_num_threads(1)
     while True:
@@ -273,15 +276,16 @@ def _serve(connection: Connection) -> None:
             settings = connection.recv()
         except EOFError:
             return
-        connection.send(_answer(settings))
+        connection.send(_answer(work, settings))
 
 
-def _answer(settings: dict) -> tuple[dict | None, str | None]:
+def _answer(work: Work | None, settings: dict) -> tuple[dict | None, str | None]:
     """The record, or the traceback, which `_work` raises when the other runs have ended."""
-    from .training import run
+    if work is None:
+        from .training import run as work
 
     try:
-        return run(settings), None
+        return work(settings), None
     except Exception:
         return None, traceback.format_exc()
 

@@ -26,15 +26,17 @@ RESULTS_NAME = "halving.json"
 @dataclass
 class HalvingOptions:
     """
-    The best half of the candidates is fine-tuned on 5 % of a token budget, the best quarter on 15 %. Each is a run of
-    its own from the calibrated hybrid with its own linear decay, so that a result depends on its candidate alone and a
-    killed search goes on where it was.
+    By default the best half of the candidates is fine-tuned on 5 % of a token budget, the best quarter on 15 %. Each
+    is a run of its own from the calibrated hybrid with its own linear decay, so that a result depends on its candidate
+    alone and a killed search goes on where it was.
 
     Args:
         tokens: the whole fine-tuning budget.
         at_most: candidates in the first rung at most, half as many in the second.
         train_texts: as for `calibrate`; by default the calibration texts, repeated as often as the tokens need.
         learning_rate, batch_size, warmup, seed: of every run; warmup is a share of its steps.
+        rungs: the part of the candidates, and the share of the token budget that each of them is trained on; with few
+            candidates ((1.0, 0.05),) compares them all.
 
     Raises:
         ValueError: names the field, what was given and what is allowed.
@@ -47,6 +49,7 @@ class HalvingOptions:
     batch_size: int = 8
     warmup: float = 0.1
     seed: int = 0
+    rungs: tuple[tuple[float, float], ...] = RUNGS
 
     def __post_init__(self):
         for name in ("tokens", "at_most", "batch_size"):
@@ -59,6 +62,8 @@ class HalvingOptions:
                 raise ValueError(f"{name}: got {value!r}, allowed is {low} <= {name} < {high}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed: got {self.seed!r}, allowed is an integer >= 0.")
+        if not self.rungs or not all(len(rung) == 2 and all(0 < value <= 1 for value in rung) for rung in self.rungs):
+            raise ValueError(f"rungs: got {self.rungs!r}, allowed are pairs of numbers above 0 and at most 1.")
 
 
 def halve(
@@ -86,7 +91,7 @@ def halve(
     done = {} if file is None else _read(file, fingerprint)
     total = len(report.candidates)
     pool = list(report.candidates)
-    for index, (part, share) in enumerate(RUNGS):
+    for index, (part, share) in enumerate(options.rungs):
         count = max(1, min(math.ceil(total * part), math.ceil(options.at_most / 2**index)))
         pool = pool[:count]
         with progress_bar(pool, desc=f"fine-tuning on {share:.0%}", unit="hybrid", show=progress, leave=False) as bar:
@@ -168,6 +173,7 @@ def _fingerprint(model, rows, training, scored, options: HalvingOptions, order: 
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"}
     plain = asdict(replace(options, train_texts=None, at_most=1))
+    del plain["rungs"]  # a result is kept under its share of the budget
     digest.update(json.dumps([config, plain, order], sort_keys=True, default=str).encode())
     for texts in (rows, training, scored):
         digest.update(torch.cat([*texts, torch.tensor([len(texts)])]).numpy().tobytes())

