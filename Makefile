@@ -8,7 +8,7 @@ READY_TO_DOCUMENT := $(VENV)/.ready-to-document
 BENCHMARKS := $(notdir $(basename $(wildcard benchmarks/experiments/*.yaml benchmarks/[a-z]*.py)))
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test docs lint format bench bench-speed clean
+.PHONY: demo test wheel docs readme lint format bench bench-speed clean
 
 $(READY_TO_RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -30,6 +30,15 @@ demo: $(READY_TO_RUN)
 
 test: $(READY_TO_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not cuda"
+
+wheel: $(READY_TO_RUN)
+	rm -f dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# The parts of README.md that are made from benchmarks/results, RESULTS.md, pyproject.toml and the commands.
+readme: $(READY_TO_RUN)
+	$(BIN)/python docs/fill_readme.py
 
 # Strict: a broken link or anchor, a name that is not there or a page out of the navigation is an error.
 docs: $(READY_TO_DOCUMENT)

@@ -1,5 +1,6 @@
 """
-What `make docs` adds to the pages: formulas as MathML, which needs no script, and the help of every sub-command.
+What `make docs` adds to the pages: formulas as MathML, which needs no script, the help of every sub-command, and the
+fields of recipes.
 Formulas are written as GitHub reads them: a fence of the language `math`, or $`...`$ within a line.
 """
 
@@ -7,11 +8,14 @@ import contextlib
 import io
 import os
 import re
+import sys
+from pathlib import Path
 
 from latex2mathml.converter import convert
 
 
 FORMULA = re.compile(r"^```math\n(.*?)^```$|\$`(.+?)`\$", flags=re.MULTILINE | re.DOTALL)
+RECIPES = "<!-- the fields of recipes -->"
 COMMANDS = "<!-- the help of every sub-command -->"
 _formulas: list[str] = []
 
@@ -21,12 +25,22 @@ def on_page_markdown(markdown: str, **_) -> str:
     _formulas.clear()
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, command_help())
+    if RECIPES in markdown:
+        markdown = markdown.replace(RECIPES, recipe_fields())
     return FORMULA.sub(_placeholder, markdown)
 
 
 def on_page_content(html: str, **_) -> str:
     """Put the formulas in."""
     return re.sub(r"formula-(\d+)-here", lambda match: _formulas[int(match.group(1))], html)
+
+
+def recipe_fields() -> str:
+    """The tables of docs/recipe_fields.py."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from recipe_fields import field_tables
+
+    return field_tables()
 
 
 def _placeholder(match: re.Match) -> str:

@@ -79,7 +79,7 @@ def test_snippets_and_commands_of_the_hub(world, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-4000:]
         pushed = {name for name, repository in hub.store.repositories.items() if len(repository.history()) > 1}
-    assert pushed - set(REPOSITORIES) == {"me/my-hybrid", "me/another-hybrid", "me/my-own-hybrid"}
+    assert pushed - set(REPOSITORIES) == {"me/my-hybrid", "me/my-own-hybrid"}
     for words in ("held-out fit", "perplexity", "In the beginning", "byte for byte", "no commit"):
         assert words in done.stdout
     assert "python" in {block.language for block in blocks_of(card.read_text(encoding="utf-8"))}
