@@ -20,6 +20,9 @@ class BuildOptions:
     cache_folder: str | None = field(
         default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
     )
+    allow_local_sources: bool = field(
+        default=False, metadata={"help": "Push with 'local' in place of local paths, which are refused else."}
+    )
 
 
 KINDS = (BuildOptions,)
@@ -40,4 +43,5 @@ def run(arguments: list[str]) -> None:
         dry_run=options.dry_run,
         from_stage=options.from_stage,
         cache_folder=options.cache_folder,
+        allow_local_sources=options.allow_local_sources,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 
 from ..building.costs import DEFAULT_CONTEXT, Budget, CostTable, cost_table
@@ -17,8 +18,9 @@ from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Projector
 from ..tasks.text import BUILT_IN
 from .component_facts import ComponentFacts, component_facts
+from .contents import local_paths
 from .recipe_schema import Recipe
-from .recipes import load_recipe
+from .recipes import load_recipe, recipe_to_dict
 from .sizes import Sizes, build_on_meta, sizes_of, state_bytes, weight_bytes
 from .vocabulary_match import VocabularyMatch, match_vocabularies
 
@@ -97,7 +99,9 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     made = Plan(recipe.name)
-    made.problems += _missing_texts(recipe)
+    made.problems += _missing_texts(recipe) + _local_sources(recipe)
+    if recipe.publishing is not None and recipe.publishing.repo_id is not None and not get_token():
+        made.notes.append("publishing: there is no token to push with; run `hf auth login` or set HF_TOKEN before.")
     facts = _facts(recipe, made)
     if facts is None:
         return made
@@ -305,6 +309,25 @@ def _missing_texts(recipe: Recipe) -> list[str]:
                         "that exist."
                     )
     return problems
+
+
+def _local_sources(recipe: Recipe) -> list[str]:
+    """What the push would refuse at the end: paths of this machine in the configuration or the recipe."""
+    publishing = recipe.publishing
+    if publishing is None or publishing.repo_id is None or publishing.allow_local_sources:
+        return []
+    folders = [(f"components[{k}].folder", part.folder) for k, part in enumerate(recipe.components) if part.folder]
+    others = [(place.removeprefix("recipe."), path) for place, path in local_paths(recipe_to_dict(recipe), "recipe")]
+    found = list(dict(folders + others).items())
+    if not found:
+        return []
+    places = "; ".join(f"{place} is {path!r}" for place, path in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [
+        f"publishing.allow_local_sources: got false, but {places}{more}, which means nothing to others who find it in "
+        f"{publishing.repo_id!r}. Name repositories, or set it to true (`manticore build --allow_local_sources`), and "
+        "'local' is written instead."
+    ]
 
 
 def _too_long(recipe: Recipe, config: ManticoreConfig) -> list[str]:

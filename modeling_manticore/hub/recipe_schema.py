@@ -235,6 +235,7 @@ class PublishingRecipe:
 
     repo_id: str | None = checked(None, check=repository)
     private: bool | None = None
+    allow_local_sources: bool = False
     title: str | None = checked(None, check=some_text)
     description: str | None = checked(None, check=some_text)
     limits: str | None = checked(None, check=some_text)

@@ -264,6 +264,7 @@ def push(work: Work, folder: Path) -> None:
         results=results,
         card=work.latest(CARD),
         private=publishing.private,
+        allow_local_sources=publishing.allow_local_sources,
     )
     _write(folder / "commit.json", {"repo_id": publishing.repo_id, "commit": commit.oid, "url": commit.commit_url})
     print(f"pushed to {publishing.repo_id}, revision {commit.oid}")
