@@ -215,6 +215,11 @@ def _plan_choice(recipe: Recipe, made: Plan, model: Any, context: int, states: d
                 made.problems.append(
                     f"search.limits.max_{kind}: got {limit}, allowed is at least {costs[kind]}, what the choice has."
                 )
+        if len(table.components_of(search.choice)) < (budget.min_components or 1 if budget else 1):
+            made.problems.append(
+                f"search.limits.min_components: got {budget.min_components}, allowed is at most "
+                f"{len(table.components_of(search.choice))}, what the choice has."
+            )
         made.choice, made.hybrid = search.choice, sizes(search.choice)
         return
     try:

@@ -132,6 +132,7 @@ class LimitsRecipe:
     max_parameters: int | None = count(None, 10**15, 0)
     max_cache_bytes_per_token: int | None = count(None, 10**15, 0)
     max_flops_per_token: float | None = checked(None, least=0)
+    min_components: int | None = count(None, MOST_COMPONENTS)
 
 
 @dataclass

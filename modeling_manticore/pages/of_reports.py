@@ -279,6 +279,8 @@ def _budgets(values: Mapping[str, Any]) -> dict[str, Table]:
 def _limit_table(limits: Mapping[str, float], costs: Mapping[str, Mapping[str, float]]) -> dict[str, Table]:
     rows = [[name, *(cost[kind] for cost in costs.values()), limits.get(kind)] for kind, name in NAMES.items()]
     whole = [[int(v) if isinstance(v, float) and v.is_integer() else v for v in row] for row in rows]
+    if "min_components" in limits:
+        whole.append(["components, at least", *[None] * len(costs), limits["min_components"]])
     return {"Costs and limits": Table(["cost", *costs, "limit"], whole)}
 
 

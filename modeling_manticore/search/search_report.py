@@ -90,8 +90,8 @@ class SearchReport:
         blocks: for every block `paths` (labels), `components`, `weights` and `entropy` (nats).
         choice: the path of the largest weight in every block; `slices` in words, `probability` the product of its
             weights.
-        limits: cost kind -> hard limit. choice_within_limits: the choice of the largest product that meets them all,
-            None without limits.
+        limits: cost kind -> hard limit, and min_components.
+        choice_within_limits: the choice of the largest product that meets them all, None without limits.
         costs: kind -> expected cost under the mixture weights, and cost of both choices; adapters count as parameters.
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
@@ -131,7 +131,10 @@ class SearchReport:
             lines.append(f"{b:<6} {block['entropy']:7.3f}  {words}")
         lines.append(f"largest weights: {_commas(self.choice)} ({self.slices}), probability {self.probability:.2g}")
         if self.choice_within_limits is not None:
-            limits = ", ".join(f"{kind} <= {limit:g}" for kind, limit in self.limits.items())
+            limits = ", ".join(
+                f"components >= {limit}" if kind == "min_components" else f"{kind} <= {limit:g}"
+                for kind, limit in self.limits.items()
+            )
             lines.append(f"within the limits ({limits}): {_commas(self.choice_within_limits)}")
         lines.append(
             f"strategy {self.strategy}, {self.steps} steps, {self.effort['tokens'] + self.effort['search_tokens']:,} "
@@ -190,7 +193,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
     hybrid, args, state = trainer.hybrid, trainer.args, trainer.state
     points = [point.detach().float().cpu() for point in hybrid.mixture_weights()]
     choice = best_choice_of(hybrid, points, table, None)
-    limits = {} if trainer.budget is None else trainer.budget.limits()
+    limits = {} if trainer.budget is None else trainer.budget.stated()
     within = best_choice_of(hybrid, points, table, trainer.budget) if limits else None
     costs = {"expected": {kind: float(table.terms[kind].expected(points)) for kind in COST_KINDS}}
     costs |= {"choice": table.of(choice)} | ({} if within is None else {"choice_within_limits": table.of(within)})
@@ -234,7 +237,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
         losses={name: thinned(series, 300) for name, series in losses.items()},
         candidates=[
             {"choice": one, "slices": slices_of(hybrid.config, one), "probability": probability_of(points, one)}
-            | {"within_limits": trainer.budget.allows(table.of(one)) if limits else None}
+            | {"within_limits": table.within(one, trainer.budget) if limits else None}
             | table.of(one)
             for one in likeliest(points, usable_paths(hybrid), CANDIDATES)
         ],
@@ -254,7 +257,7 @@ def likeliest(points: list[torch.Tensor], paths: list[list[int]], count: int) ->
 def best_choice_of(hybrid, points: list[torch.Tensor], table: CostTable | None, budget: Budget | None) -> list[int]:
     """What `discretize` would keep: the largest weight in every block; with a budget the largest product within it."""
     paths = usable_paths(hybrid)
-    if budget is None or not budget.limits():
+    if budget is None or not budget.stated():
         return [max(own or range(len(point)), key=point.tolist().__getitem__) for own, point in zip(paths, points)]
     return argmax_under(table, points, budget, paths)
 
