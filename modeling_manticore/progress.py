@@ -26,14 +26,11 @@ def progress_bar(iterable: Iterable | None = None, *, show: bool = True, **optio
 class _Lines(tqdm):
     """A bar as lines of text."""
 
-    def __init__(self, *arguments: Any, **options: Any):
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write one line; the total may have become known meanwhile."""
         counted = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
         plain = "{desc}: {n_fmt} {unit}, {rate_fmt}, {elapsed} elapsed{postfix}"
-        known = options.get("total") is not None or (arguments and hasattr(arguments[0], "__len__"))
-        super().__init__(*arguments, bar_format=counted if known else plain, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write one line."""
+        self.bar_format = plain if self.total is None else counted
         text = str(self) if msg is None else msg
         if text:
             print(text, file=sys.stderr, flush=True)

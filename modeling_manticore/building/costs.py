@@ -213,7 +213,8 @@ def expected_cost(
     """
     check_kind(kind)
     table = cost_table(model) if table is None else table
-    return table.terms[kind].expected(model.mixture_weights() if weights is None else weights)
+    own = [block.mixture_weights() for block in model.trunk.blocks] if weights is None else weights
+    return table.terms[kind].expected(own)
 
 
 def running_flops(model: PreTrainedModel, context: int) -> int:

@@ -83,6 +83,24 @@ def discretize(
     return hybrid
 
 
+def component_alone(model: PreTrainedModel, k: int) -> PreTrainedModel | None:
+    """
+    Component k out of a supernet, whole and without a bridge, as it is there; None where no choice of paths is its
+    layers from the first to the last.
+    """
+    config, chosen, reached = model.config, [], 0
+    for block, usable in zip(config.blocks, usable_paths(model)):
+        fitting = [p for p in usable if block[p]["component"] == k and block[p]["start"] == reached]
+        if not fitting:
+            return None
+        chosen.append(fitting[0])
+        reached = block[fitting[0]]["stop"]
+    if reached != config.depth(k):
+        return None
+    target, groups = merged(config, chosen)
+    return _select(model, target, groups, chosen)
+
+
 def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[int]:
     if budget is not None and not isinstance(budget, Budget):
         raise ValueError(f"budget: got {type(budget).__name__}, allowed is a Budget or None.")

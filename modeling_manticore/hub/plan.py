@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..building.costs import DEFAULT_CONTEXT, Budget, CostTable, cost_table
 from ..building.discretize import merged, usable_paths
 from ..building.limits import best_choice, check_feasible
+from ..building.names import hint
 from ..building.partial import ComponentPart
 from ..cache_manticore import path_name
 from ..configuration_manticore import ManticoreConfig
@@ -310,8 +311,8 @@ def _missing_texts(recipe: Recipe) -> list[str]:
             for i, text in enumerate(getattr(getattr(recipe, section), name, None) or ()):
                 if text not in BUILT_IN and not Path(text).exists():
                     problems.append(
-                        f"{section}.{name}[{i}]: got {text!r}, allowed are {', '.join(BUILT_IN)} and files or folders "
-                        "that exist."
+                        f"{section}.{name}[{i}]: got {text!r}, but there is no such file or folder{hint(text)} Built "
+                        f"in are {', '.join(BUILT_IN)}."
                     )
     return problems
 

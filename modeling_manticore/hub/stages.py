@@ -165,6 +165,7 @@ def _by_gradient(work: Work, model: Any, tokenizer: Any, rows: Any, scored: Any,
     report = trainer.search_report
     report.discretized = {"choice": choice, "costs": table.of(choice)}
     report.save(folder / REPORT_DIR, trainer.state.log_history)
+    print("\n".join(report.loss_lines()))
     return list(choice)
 
 

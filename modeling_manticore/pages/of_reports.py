@@ -47,6 +47,7 @@ def search_page(values: Mapping[str, Any], config: Any, recipe: Any = None) -> P
     facts["tokens"] = f"{effort['tokens'] + effort['search_tokens']:,}"
     facts["seconds"] = f"{effort['seconds']:,.1f}"
     facts |= {f"lowest {name}": f"{best['value']:.4f} nats" for name, best in values["best_evaluation"].items()}
+    facts |= {f"{name} alone, held out": f"{loss:.4f} nats" for name, loss in values.get("alone", {}).items()}
     if "loss" in found:
         facts |= {"supernet, held out": f"{found['supernet_loss']:.4f} nats"}
         facts |= {"kept hybrid, held out": f"{found['loss']:.4f} nats"}

