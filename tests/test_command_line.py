@@ -187,6 +187,19 @@ def test_progress_without_a_terminal_is_lines(monkeypatch):
     assert "\r" in watched.getvalue() and "row/s" in watched.getvalue()
 
 
+def test_a_training_without_a_terminal_is_lines(folders, tmp_path, capfd, monkeypatch):
+    """No bar with control characters, no printed dictionaries: lines with rate, remaining time and loss."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    supernet, text = str(folders / "supernet"), str(folders / "text.txt")
+    words = ["--model", supernet, "--train_texts", text, "--output_dir", str(tmp_path), "--stage", "finetune"]
+    words += ["--max_steps", "4", "--per_device_train_batch_size", "2", "--row_length", "16", "--rows", "24"]
+    assert main(["train", *words, "--logging_steps", "1", "--report_to", "none", "--learning_rate", "1e-4"]) == 0
+    out, err = capfd.readouterr()
+    assert "{'" not in out + err and "\r" not in out + err
+    lines = [line for line in err.splitlines() if line.startswith("finetune: ")]
+    assert lines and re.search(r"finetune: \d/4 step, .*left", "\n".join(lines)) and "loss " in lines[-1]
+
+
 # ---------------------------------------------------------------------- completion
 @pytest.fixture(scope="module")
 def scripts():

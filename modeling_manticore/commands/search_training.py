@@ -167,6 +167,7 @@ def train_search(
     from .. import Budget, ManticoreTrainer
     from ..building.discretize import usable_paths
     from ..building.limits import argmax_under
+    from ..search.callbacks import plain_without_terminal
     from ..tasks.text import as_dataset
 
     trainer = ManticoreTrainer(
@@ -177,6 +178,7 @@ def train_search(
         search_dataset=None if search is None else as_dataset(search),
         budget=budget,
     )
+    plain_without_terminal(trainer, args.strategy)
     alone = losses_alone(model, held_out, args.per_device_eval_batch_size)
     trainer.train()
     trainer.search_report.alone = alone

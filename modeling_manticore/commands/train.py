@@ -61,6 +61,7 @@ def run(arguments: list[str]) -> None:
 
     training.disable_tqdm = training.disable_tqdm or not sys.stderr.isatty()
 
+    from ..search.callbacks import plain_without_terminal
     from ..tasks.text import as_dataset
     from .models import check_output, load_hybrid, load_tokenizer, rows_of
 
@@ -92,6 +93,7 @@ def run(arguments: list[str]) -> None:
         processing_class=tokenizer,
         teacher=teacher_of(options.teacher),
     )
+    plain_without_terminal(trainer, training.stage)
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     except KeyboardInterrupt as stop:

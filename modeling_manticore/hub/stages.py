@@ -25,7 +25,7 @@ from ..commands.search_training import (
     train_search,
 )
 from ..commands.train import teacher_of
-from ..search.callbacks import REPORT_DIR
+from ..search.callbacks import REPORT_DIR, plain_without_terminal
 from ..tasks.text import as_dataset, corpus, train_tokenizer
 from .plan import architecture, recipe_configuration
 from .recipe_schema import GRADIENT_STRATEGIES, Recipe, SearchRecipe
@@ -211,6 +211,7 @@ def finetune(work: Work, folder: Path) -> None:
         processing_class=tokenizer,
         teacher=teacher_of(section.teacher),
     )
+    plain_without_terminal(trainer, "finetune")
     trainer.train()
     _write(folder / "log.json", trainer.state.log_history)
     _save(model, tokenizer, folder)
