@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .parsing import parse_options
+from .parsing import TEXT_CACHE, parse_options
 from .plan import recipe_first
 
 
@@ -17,11 +17,9 @@ class BuildOptions:
             "push."
         },
     )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
     allow_local_sources: bool = field(
-        default=False, metadata={"help": "Push with 'local' in place of local paths, which are refused else."}
+        default=False, metadata={"help": "Push with 'local' in place of local paths, which are otherwise refused."}
     )
 
 

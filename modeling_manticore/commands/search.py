@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .limits import LimitOptions
-from .parsing import parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, require, require_positive
 from .search_programming import ProgramOptions, task_weights_of
 from .search_training import (
     GradientOptions,
@@ -119,9 +119,7 @@ class SearchOptions:
             "help": "stitch: tokens of context at which FLOPs are counted (default: the hybrid's, at most 2048)."
         },
     )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
 
 
 @dataclass

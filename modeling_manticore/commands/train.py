@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import Interrupted, parse_options, require, require_positive
+from .parsing import TEXT_CACHE, Interrupted, parse_options, require, require_positive
 from .search_training import check_search_texts, search_rows, suit
 
 
@@ -26,9 +26,7 @@ class TrainOptions:
     )
     rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
     teacher: list[str] | None = field(
         default=None,
         metadata={
