@@ -73,6 +73,6 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_folder_that_was_meant(her
 
     monkeypatch.setattr(sources, "call", away)
     monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
-    assert main(["evaluate", "--model", "a-gpt-neo", "--texts", "notes.txt"]) == 2
+    assert main(["evaluate", "--model", "a-gpt-neo", "--texts", "notes.txt"]) == 1
     told = capsys.readouterr().err
     assert "the Hub at https://x cannot be reached. There is no folder 'a-gpt-neo' here either; did you mean" in told

@@ -171,7 +171,8 @@ def fetch_component(where: str, name: str, options: dict[str, Any], patterns: li
     end even where transformers' would wait for ever. `options` then name that commit, and are for the cache only.
 
     Raises:
-        ValueError: they cannot be had, and the cache has none either.
+        ValueError: they cannot be had, and the cache has none either (`HubError`, which is one, where the Hub or the
+            connection is at fault).
     """
     folder = options.get("subfolder", "").strip("/")
     request = {
@@ -189,7 +190,9 @@ def fetch_component(where: str, name: str, options: dict[str, Any], patterns: li
             try_to_load_from_cache(name, config, **place), str
         ):
             also = f" {not_here(name)}" if error.kind in ("connection", "stalled", "missing", "offline") else ""
-            raise ValueError(f"{where}: {error}{also}") from error
+            if error.kind == "missing":  # the name is at fault, not the Hub
+                raise ValueError(f"{where}: {error}{also}") from error
+            raise HubError(f"{where}: {error}{also}", error.kind) from error
         logger.warning(f"{where}: {error} What the cache has is used.")
     if not options["trust_remote_code"]:  # whose code may be in another repository
         options["local_files_only"] = True
