@@ -117,8 +117,8 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
         return self.get_input_embeddings()
 
     def mixture_weights(self) -> list[torch.Tensor]:
-        """The mixture weights of every block: B float32 tensors on the simplex, shape (paths of the block,)."""
-        return [block.mixture_weights() for block in self.trunk.blocks]
+        """Copies of every block's mixture weights, without gradient: B float32 points of the simplex, (paths,)."""
+        return [block.mixture_weights().detach().clone() for block in self.trunk.blocks]
 
     @torch.no_grad()
     def set_mixture_weights(self, weights: list) -> None:

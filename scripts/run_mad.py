@@ -2,7 +2,7 @@
 
 import sys
 
-from modeling_manticore.commands import main
+from manticore_command import main
 
 
 if __name__ == "__main__":

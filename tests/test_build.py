@@ -203,6 +203,32 @@ def test_card_and_push_come_last(folder, capsys, monkeypatch):
     assert ran(capsys) == [] and len(made) == 2
 
 
+def test_a_push_that_fails_leaves_the_page(folder, monkeypatch):
+    """And local components are refused before anything is written, unless they are allowed."""
+    pushed = []
+
+    def card(work, place):
+        (place / "README.md").write_text("card")
+
+    def push(work, place):
+        pushed.append((work.recipe.publishing.allow_local_sources, (folder / "runs/tiny/report.html").read_text()))
+        raise ValueError("the Hub is away")
+
+    own = {"card": card, "push": push}
+    chain = [stages.Stage(s.name, s.sections, own.get(s.name, s.run), s.missing) for s in building.STAGES]
+    monkeypatch.setattr(building, "STAGES", chain)
+    small = {name: own for name, own in SETTINGS.items() if name not in ("finetune", "search", "evaluation")}
+    small["components"] = [entry | {"license": "mit", "license_reason": "ours"} for entry in small["components"]]
+    recipe = recipe_from_dict(small | {"publishing": {"repo_id": "me/tiny"}})
+    with pytest.raises(ValueError, match=r"publishing.allow_local_sources: got false.*'gpt_neox'"):
+        build(recipe)
+    assert not (folder / "runs").exists()
+    with pytest.raises(ValueError, match="the Hub is away"):
+        build(recipe, allow_local_sources=True)
+    assert pushed[0][0] and "not finished" in pushed[0][1]
+    assert "not finished" in (folder / "runs/tiny/report.html").read_text()
+
+
 def test_the_command(folder, capsys):
     settings = {name: own for name, own in SETTINGS.items() if name in ("components", "num_blocks", "evaluation")}
     (folder / "mine.yaml").write_text(yaml.safe_dump(settings))

@@ -408,3 +408,38 @@ def test_measured_standard_error():
     assert found["loss"] == pytest.approx(each.mean().item(), rel=1e-5)
     assert found["standard_error"] == pytest.approx((each.std() / 5**0.5).item(), rel=1e-4)
     assert measure(model, rows[:1])["standard_error"] is None
+
+
+# ---------------------------------------------------------------------- licences of what a choice dropped
+def test_licences_of_components_that_a_choice_dropped(supernet):
+    config = named(supernet.config)
+    alone = named(config)
+    alone.components = alone.components[1:]
+    alone = ManticoreConfig.from_dict(
+        alone.to_dict() | {"components": alone.components, "blocks": [[{"component": 0, "start": 0, "stop": 3}]]}
+    )
+    names = [entry.source for entry in config.components]
+
+    def licence(**arguments):
+        return front(render_card(alone, **arguments))["license"]
+
+    assert licence(licences=["mit", "mit"]) == "mit"
+    assert licence(licences={names[0]: "gemma", names[1]: "mit"}) == "mit"
+    assert licence(licences={"mamba2-130m": "isc"}) == "isc"
+    recipe = {"components": [{"repo": name, "license": own} for name, own in zip(names, ("gemma", "cc0-1.0"))]}
+    assert licence(licences=["gemma", "mit"], recipe=recipe) == "mit"
+    assert licence(recipe=recipe) == "cc0-1.0"
+    with pytest.raises(ValueError, match=f"licences: got .* where a choice dropped some, a mapping .*'{names[1]}'"):
+        licence(licences=["gemma", "mit"])
+    with pytest.raises(ValueError, match="component 0 is unknown"):
+        licence(licences={"somebody/else": "mit"})
+
+
+def test_a_card_is_checked_before_anything_is_drawn(supernet, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("modeling_manticore.hub.cards.draw_hybrid", lambda *given, **named: drawn.append(given))
+    with pytest.raises(ValueError, match="licences: got"):
+        write_card(tmp_path, supernet, licences=["mit"])
+    assert not drawn and not list(tmp_path.iterdir())
+    write_card(tmp_path, supernet, licences=["mit", "mit"])
+    assert drawn

@@ -15,8 +15,8 @@ import pytest
 from command_runs import component_folders, options
 from tqdm.auto import tqdm
 
-from modeling_manticore import ManticoreForCausalLM, progress
-from modeling_manticore.commands import COMMANDS, NOTHING, POSITIONAL, RESUME, evaluate, main, usage
+from modeling_manticore import ManticoreForCausalLM, __version__, progress
+from modeling_manticore.commands import COMMANDS, NOTHING, OWN_FILE, POSITIONAL, RESUME, evaluate, main, usage
 from modeling_manticore.commands.completion import flags_of
 from modeling_manticore.commands.train import how_to_resume
 
@@ -40,9 +40,10 @@ def test_help_reads_like_one_hand_wrote_it(command, capsys):
         main([command, "--help"])
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert lines[0] == f"usage: manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
-    if command in POSITIONAL:
-        assert lines[1].strip() == f"manticore {command} {POSITIONAL[command]} [--option value ...]"
+    forms = [] if command in OWN_FILE else ["[FILE.yaml | FILE.json]"]
+    forms += [POSITIONAL[command]] if command in POSITIONAL else []
+    usages = [f"manticore {command} {form} [--option value ...]" for form in forms]
+    assert [line.removeprefix("usage: ").strip() for line in lines[: len(usages) + 1]] == [*usages, ""]
     text = COMMANDS[command]
     assert f"{text[0].upper()}{text[1:]}." in " ".join(printed.split()) and max(map(len, lines)) <= 80
     entries = re.findall(r"^  (-h|--\w+)[^\n]*?(?:\n {8,}|  +)(.*?)(?=\n  -|\n\n|\Z)", printed, re.M | re.S)
@@ -52,6 +53,59 @@ def test_help_reads_like_one_hand_wrote_it(command, capsys):
         assert told[0].isupper() or told[0].islower() and ":" in told or told.startswith((".", "bible")), (name, told)
         assert told.endswith(".") and told.count("(default") <= 1 and "default False" not in told, (name, told)
         assert not re.search(r"\[|None|True|False", re.sub(r"\{.*?\}", "", told)) or name == "--blocks", (name, told)
+
+
+QUICK = {
+    "help": (["--help"], 0, "usage: manticore COMMAND"),
+    "version": (["--version"], 0, f"manticore {__version__}"),
+    "nothing": ([], 2, "command: got nothing, allowed are demo, plan"),
+    "command": (["serch"], 2, "command: got 'serch', did you mean 'search'?"),
+    "unlike": (["frobnicate"], 2, "command: got 'frobnicate', allowed are demo, plan"),
+    "options": (["search", "--help"], 0, "usage: manticore search"),
+    "option": (["search", "--stpes", "3"], 2, "--stpes: there is no such option; did you mean '--steps'?"),
+    "missing": (["compose"], 2, "required: --components"),
+    "value": (["evaluate", "--rows", "many"], 2, "invalid int value: 'many'"),
+    "range": (
+        ["compose", "--components", "a", "b", "--output_folder", "c"],
+        2,
+        "num_blocks, blocks: give exactly one",
+    ),
+    "file": (["compose", "nowhere.yaml"], 2, "nowhere.yaml: it cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_help_version_and_wrong_usage_come_before_anything_heavy(case, tmp_path):
+    """In a process of its own, as the console script does it."""
+    words, code, told = QUICK[case]
+    run = (
+        "import sys\n"
+        "from manticore_command import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)), code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", run, *words], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"heavy: [] {code}", done.stderr
+    assert told in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_command_loads_the_package_when_it_needs_it(folders, tmp_path):
+    """Classes are registered although the command did not import them at once, and models load without bars."""
+    words = ["describe", str(folders / "supernet"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "manticore_command", *words], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["model"] == str(folders / "supernet")
+    run = "import manticore_command, modeling_manticore as m; print(m.discretize.__name__, 'torch' in vars(m), dir(m))"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("discretize") and "stitch" in done.stdout
+    words = ["evaluate", *options(model=folders / "supernet", texts=folders / "text.txt", rows=2, row_length=16)]
+    done = subprocess.run(
+        [sys.executable, "-m", "manticore_command", *words], capture_output=True, text=True, check=True
+    )
+    assert "perplexity" in done.stdout and "\r" not in done.stderr and "%|" not in done.stderr
 
 
 def test_the_general_help_tells_codes_and_resuming():
@@ -85,7 +139,7 @@ def test_a_task_that_fails_is_not_bad_usage(folders, tmp_path, capsys, monkeypat
     assert capsys.readouterr().err == "manticore: error: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "discretize", "push", "build"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_is_one_line(command, capsys, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -185,6 +239,19 @@ def test_progress_without_a_terminal_is_lines(monkeypatch):
     assert type(progress.progress_bar(range(3), show=False)) is tqdm
     list(progress.progress_bar(range(3), desc="rows", unit="row", mininterval=0))
     assert "\r" in watched.getvalue() and "row/s" in watched.getvalue()
+
+
+def test_a_training_without_a_terminal_is_lines(folders, tmp_path, capfd, monkeypatch):
+    """No bar with control characters, no printed dictionaries: lines with rate, remaining time and loss."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    supernet, text = str(folders / "supernet"), str(folders / "text.txt")
+    words = ["--model", supernet, "--train_texts", text, "--output_dir", str(tmp_path), "--stage", "finetune"]
+    words += ["--max_steps", "4", "--per_device_train_batch_size", "2", "--row_length", "16", "--rows", "24"]
+    assert main(["train", *words, "--logging_steps", "1", "--report_to", "none", "--learning_rate", "1e-4"]) == 0
+    out, err = capfd.readouterr()
+    assert "{'" not in out + err and "\r" not in out + err
+    lines = [line for line in err.splitlines() if line.startswith("finetune: ")]
+    assert lines and re.search(r"finetune: \d/4 step, .*left", "\n".join(lines)) and "loss " in lines[-1]
 
 
 # ---------------------------------------------------------------------- completion

@@ -120,7 +120,7 @@ ERRORS = {
         "blocks: it is not JSON",
     ),
     "choice": (["discretize", "--model", "m", "--output_folder", "x", "--choice", "a,b"], "choice: got 'a,b'"),
-    "no_folder": (["discretize", "--model", "/nowhere/at/all", "--output_folder", "x"], "'/nowhere/at/all'"),
+    "no_folder": (["discretize", "--model", "/nowhere/at/all", "--output_folder", "x"], "(/nowhere/at/all): there is"),
     "row": (["evaluate", "--model", "m", "--texts", "bible", "--row_length", "1"], "row_length: got 1"),
     "stage": (["train", "--model", "m", "--train_texts", "bible", "--stage", "all"], "stage: got 'all'"),
     "search_model": (["search", "--texts", "a", "--output_folder", "x"], "model, components: give exactly one"),

@@ -116,7 +116,14 @@ def random_table(draw: random.Random) -> CostTable:
                     break
         return Terms(nodes, edges, ends.floor(), skips)
 
-    return CostTable(16, {kind: terms(top) for kind, top in zip(COST_KINDS, (1, 40, 8, 1000))})
+    owners = [[None if p == skip else draw.randrange(3) for p in range(n)] for n, skip in zip(paths, skips)]
+    return CostTable(16, {kind: terms(top) for kind, top in zip(COST_KINDS, (1, 40, 8, 1000))}, owners)
+
+
+def meets(table, choice, costs, budget):
+    """By hand: every upper limit, and as many different components as are wanted."""
+    own = {table.components[b][p] for b, p in enumerate(choice)} - {None}
+    return all(costs[k] <= v for k, v in budget.limits().items()) and len(own) >= (budget.min_components or 1)
 
 
 def test_two_hundred_random_searches_under_random_limits():
@@ -130,17 +137,17 @@ def test_two_hundred_random_searches_under_random_limits():
         for kind in draw.sample(COST_KINDS, draw.randint(1, 4)):
             values = [cost[kind] for cost in costs.values()]
             limits[f"max_{kind}"] = max(0, draw.randint(min(values) - 1, max(values)))
-        budget = Budget(**limits)
+        budget = Budget(**limits, min_components=draw.choice((None, 1, 2, 3)))
         weights = [torch.tensor([draw.random() for _ in range(n)]).softmax(0) for n in table.paths]
         value = {c: sum(math.log(float(a[p])) for a, p in zip(weights, c)) for c in choices}
-        within = [c for c in choices if budget.allows(costs[c])]
+        within = [c for c in choices if meets(table, c, costs[c], budget)]
         if not within:
-            with pytest.raises(ValueError, match="the smallest feasible value"):
+            with pytest.raises(ValueError, match="the (smallest|largest) feasible value"):
                 argmax_under(table, weights, budget)
             continue
         feasible += 1
         found = tuple(argmax_under(table, weights, budget))
-        assert budget.allows(costs[found])
+        assert found in within and table.within(found, budget)
         assert value[found] == pytest.approx(max(value[c] for c in within), abs=1e-9)
         for kind in COST_KINDS:
             assert smallest(table, kind, budget) == min(costs[c][kind] for c in within)
@@ -157,8 +164,9 @@ def test_two_hundred_random_beams_under_random_limits():
         costs = {choice: table.of(choice) for choice in choices}
         kinds = draw.sample(COST_KINDS, draw.randint(1, 3))
         anchor = costs[draw.choice(choices)]  # so that something is within
-        budget = Budget(**{f"max_{kind}": max(0, anchor[kind]) for kind in kinds})
-        within = [c for c in choices if budget.allows(costs[c])]
+        least = draw.choice((None, 1, 2))
+        budget = Budget(**{f"max_{kind}": max(0, anchor[kind]) for kind in kinds}, min_components=least)
+        within = [c for c in choices if meets(table, c, costs[c], budget)]
         if not within:
             continue
         checked += 1
@@ -179,7 +187,7 @@ def test_two_hundred_random_beams_under_random_limits():
                 score=lambda new, scored=scored, losses=losses: scored.update({c: losses[c] for c in new}),
             )
             _beam(scorer, table, paths, budget, beam)
-            assert scored and all(budget.allows(costs[c]) for c in scored)
+            assert scored and all(c in within for c in scored)
             if beam > 1:
                 assert min(scored.values()) == min(losses[c] for c in within)
     assert checked > 150
@@ -277,3 +285,21 @@ def test_bad_cost_arguments(field, tmp_path):
     value, message = BAD[field]
     with pytest.raises(ValueError, match=message):
         ManticoreTrainingArguments(output_dir=str(tmp_path), **{field: value})
+
+
+def test_at_least_two_components_where_one_wins_every_block(caplog):
+    model = compose("llama", "mamba", num_blocks=3)
+    model.set_mixture_weights([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]])
+    alone = discretize(model)
+    assert alone.config.used_components == [0]
+    told = caplog.text
+    assert "component 0 wins every block" in told and "min_components=2" in told and "--min_components 2" in told
+    both = discretize(model, budget=Budget(min_components=2))
+    assert [block[0]["component"] for block in both.config.blocks] == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"choice: got \[1, 1, 1\] of the components \[1\] alone"):
+        discretize(model, [1, 1, 1], budget=Budget(min_components=2))
+    with pytest.raises(ValueError, match="min_components: got 3, the largest feasible value is 2"):
+        discretize(model, budget=Budget(min_components=3))
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match="min_components: got"):
+            Budget(min_components=wrong)

@@ -6,6 +6,7 @@ after a retry or in one clear error, and the repository holds a whole commit or 
 import hashlib
 import math
 import os
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from loopback import TOKEN, LoopbackHub
 
+from modeling_manticore import progress
+from modeling_manticore.hub import transfer
 from modeling_manticore.hub.transfer import HubError, call
 
 
@@ -230,3 +233,34 @@ def test_branches_pull_requests_stale_shards_and_kept_files(hub, tmp_path):
     asked = case.push(create_pr=True)
     assert asked["pull_request"].endswith("/discussions/1") and case.there()[0] == {}
     assert case.there("refs/pr/1")[0].keys() == case.files.keys()
+
+
+def test_a_dead_address_is_named_within_seconds(tmp_path):
+    """Nobody listens there: no half minute of attempts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    variables = dict(os.environ) | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_x"}
+    variables.pop("HF_HUB_OFFLINE", None)
+    settings = {"kept": [], "stale": "old.*", "revision": None, "create_pr": False, "private": False, "verify": True}
+    request = {"repo_id": "me/x", "files": {}, "message": "Upload", "description": None} | settings
+    start = time.monotonic()
+    with pytest.raises(HubError, match=f"the Hub at {address} cannot be reached") as error:
+        call("push", request, needs_token=True, environment=variables)
+    assert error.value.kind == "connection" and time.monotonic() - start < 20
+
+
+def test_what_takes_long_is_told_with_its_address(hubs, tmp_path, capfd, monkeypatch):
+    hub = hubs["lfs"]
+    monkeypatch.setattr(transfer, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    case = Case(hub, tmp_path, "told")
+    case.push()
+    said = capfd.readouterr().err
+    assert f"pushing {case.repo} to {hub.environment(tmp_path)['HF_ENDPOINT']}" in said and "B/s" in said
+    case.fetch(patterns=["*.json", "*.safetensors"])
+    said = capfd.readouterr().err
+    assert f"fetching {case.repo} from" in said and "left" in said
+    monkeypatch.setattr(transfer, "QUIET_SECONDS", 60.0)
+    case.fetch(cache="other")
+    assert capfd.readouterr().err == ""

@@ -148,9 +148,23 @@ def test_licences(root):
     found = plan(recipe_from_dict(settings))
     assert [entry["license"] for entry in found.components] == ["apache-2.0", "unknown"]
     assert any("licence is unknown" in note for note in found.notes) and not found.problems
-    settings["publishing"] = {"repo_id": "me/x"}
+    settings["publishing"] = {"repo_id": "me/x", "allow_local_sources": True}
     assert "licence is unknown" in plan(recipe_from_dict(settings)).problems[0]
     settings["components"][1] |= {"license": "apache-2.0", "license_reason": "its authors say so"}
+    assert plan(recipe_from_dict(settings)).problems == []
+
+
+def test_what_a_push_would_refuse_is_a_problem_at_once(same, tmp_path):
+    (tmp_path / "text.txt").write_text("words")
+    licensed = [entry | {"license": "mit", "license_reason": "ours"} for entry in same]
+    settings = {"name": "x", "components": licensed, "num_blocks": 2, "publishing": {"private": True}}
+    settings["calibration"] = {"texts": [str(tmp_path / "text.txt")], "row_length": 16}
+    assert plan(recipe_from_dict(settings)).problems == []  # nothing is pushed
+    settings["publishing"]["repo_id"] = "me/x"
+    (problem,) = plan(recipe_from_dict(settings)).problems
+    for part in ("components[0].folder", "components[1].folder", "calibration.texts[0]", "--allow_local_sources"):
+        assert part in problem
+    settings["publishing"]["allow_local_sources"] = True
     assert plan(recipe_from_dict(settings)).problems == []
 
 

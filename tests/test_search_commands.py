@@ -86,6 +86,11 @@ def test_search_by_gradient(strategy, supernet, folders, tmp_path, capsys, train
     ids = torch.tensor(trainer.eval_dataset["input_ids"])
     with torch.no_grad():
         assert hybrid(ids, labels=ids).loss.item() == pytest.approx(kept["loss"], abs=1e-4)
+        for name, loss in report["alone"].items():
+            component = AutoModelForCausalLM.from_pretrained(folders / name).eval()
+            assert component(ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-4)
+            assert f"{name} {loss:.4f}" in printed
+    assert list(report["alone"]) == ["gpt_neox", "mamba2"]
 
 
 @pytest.mark.parametrize(

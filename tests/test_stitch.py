@@ -129,6 +129,15 @@ def test_nothing_outside_a_budget_is_scored(limit):
         stitch(model, CALIBRATION, SCORED, budget=Budget(max_parameters=10), progress=False)
 
 
+@pytest.mark.parametrize("limit", [256, 1])
+def test_a_hybrid_of_at_least_two_components(limit, tmp_path):
+    model = compose("gpt_neox", "mamba2", num_blocks=2)
+    budget = Budget(min_components=2)
+    report = stitch(model, CALIBRATION, SCORED, budget=budget, limit=limit, folder=tmp_path, progress=False)
+    assert sorted(c.choice for c in report.candidates) == [[0, 1], [1, 0]]
+    assert "components, at least" in (tmp_path / "report.html").read_text()
+
+
 def test_halving_ranks_again_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     model = compose("gpt_neox", "mamba2", num_blocks=2)
     options = HalvingOptions(tokens=2000, learning_rate=1e-3, batch_size=4)

@@ -40,15 +40,17 @@ class Budget:
         max_parameters: parameters of the discretized hybrid, shared matrices counted once.
         max_cache_bytes_per_token: bytes that keys and values of full attention grow by per token.
         max_flops_per_token: floating-point operations of one token's forward pass at the context of the cost table.
+        min_components: different components that must have a kept path; 2 forbids a cut of one component alone.
 
     Raises:
-        ValueError: a limit is not a number >= 0.
+        ValueError: a limit is not a number >= 0, or min_components no integer >= 1.
     """
 
     max_attention_blocks: int | None = None
     max_parameters: int | None = None
     max_cache_bytes_per_token: int | None = None
     max_flops_per_token: float | None = None
+    min_components: int | None = None
 
     def __post_init__(self):
         for entry in fields(self):
@@ -57,14 +59,22 @@ class Budget:
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
             ):
                 raise ValueError(f"{entry.name}: got {value!r}, allowed is None or a finite number >= 0.")
+        least = self.min_components
+        if least is not None and (not isinstance(least, int) or least < 1):
+            raise ValueError(f"min_components: got {least!r}, allowed is None or an integer >= 1.")
 
     def limits(self) -> dict[str, float]:
-        """Cost kind -> limit, of the limits that are set."""
+        """Cost kind -> upper limit, of those that are set."""
         values = {kind: getattr(self, f"max_{kind}") for kind in COST_KINDS}
         return {kind: value for kind, value in values.items() if value is not None}
 
+    def stated(self) -> dict[str, float]:
+        """`limits`, and min_components where it is set: what reports tell."""
+        least = {} if self.min_components is None else {"min_components": self.min_components}
+        return self.limits() | least
+
     def allows(self, costs: dict[str, float]) -> bool:
-        """Whether costs (kind -> value) are within every limit."""
+        """Whether costs (kind -> value) are within every upper limit; `CostTable.within` looks at all of a choice."""
         return all(costs[kind] <= limit for kind, limit in self.limits().items())
 
 
@@ -117,10 +127,14 @@ class Terms:
 
 @dataclass
 class CostTable:
-    """The costs of all choices of a supernet: `terms[kind]` for the four kinds, and the paths of every block."""
+    """
+    The costs of all choices of a supernet: `terms[kind]` for the four kinds; the component of every path of every
+    block, None of a skip path.
+    """
 
     context: int
     terms: dict[str, Terms]
+    components: list[list[int | None]]
 
     @property
     def paths(self) -> list[int]:
@@ -139,6 +153,16 @@ class CostTable:
         """
         costs = {kind: terms.of(choice) for kind, terms in self.terms.items()}
         return {kind: round(value) for kind, value in costs.items()}
+
+    def components_of(self, choice: Sequence[int]) -> list[int]:
+        """The different components that a choice keeps a path of, rising."""
+        return sorted({own[p] for own, p in zip(self.components, choice)} - {None})
+
+    def within(self, choice: Sequence[int], budget: Budget | None) -> bool:
+        """Whether a choice meets a budget; any meets None."""
+        if budget is None:
+            return True
+        return len(self.components_of(choice)) >= (budget.min_components or 1) and budget.allows(self.of(choice))
 
 
 def cost_table(model: PreTrainedModel, context: int | None = None) -> CostTable:
@@ -170,7 +194,7 @@ def cost_table(model: PreTrainedModel, context: int | None = None) -> CostTable:
             for q, target in zip(config.real_paths(c), plan[c].targets):
                 _add_bridge(terms, source, target, config, lambda t, b=b, c=c, p=p, q=q: (t.edges[b, c], (p, q)))
     _add_ends(model, terms, plan)
-    return CostTable(context, terms)
+    return CostTable(context, terms, [[path["component"] for path in block] for block in config.blocks])
 
 
 def expected_cost(
@@ -189,7 +213,8 @@ def expected_cost(
     """
     check_kind(kind)
     table = cost_table(model) if table is None else table
-    return table.terms[kind].expected(model.mixture_weights() if weights is None else weights)
+    own = [block.mixture_weights() for block in model.trunk.blocks] if weights is None else weights
+    return table.terms[kind].expected(own)
 
 
 def running_flops(model: PreTrainedModel, context: int) -> int:

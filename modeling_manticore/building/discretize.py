@@ -63,8 +63,11 @@ def discretize(
         batches_of(calibration, model, tokenizer, batch_size, field="calibration")
     target, groups = merged(config, chosen)
     if len(target.used_components) == 1 and len(config.used_components) > 1:
+        own = config.blocks[0][chosen[0]]["component"]
         logger.warning(
-            f"component {target.used_components[0]} wins every block: the result is a cut of that component alone."
+            f"component {own} wins every block: the result is a cut of that component alone. For a hybrid of two or "
+            "more, search again with min_components=2 (of `Budget`; --min_components 2), or give the path of every "
+            "block as `choice`; `stitch` tells what each choice costs in loss."
         )
     hybrid = _select(model, target, groups, chosen)
     if batches_wanted:
@@ -78,6 +81,24 @@ def discretize(
             components=model,
         )
     return hybrid
+
+
+def component_alone(model: PreTrainedModel, k: int) -> PreTrainedModel | None:
+    """
+    Component k out of a supernet, whole and without a bridge, as it is there; None where no choice of paths is its
+    layers from the first to the last.
+    """
+    config, chosen, reached = model.config, [], 0
+    for block, usable in zip(config.blocks, usable_paths(model)):
+        fitting = [p for p in usable if block[p]["component"] == k and block[p]["start"] == reached]
+        if not fitting:
+            return None
+        chosen.append(fitting[0])
+        reached = block[fitting[0]]["stop"]
+    if reached != config.depth(k):
+        return None
+    target, groups = merged(config, chosen)
+    return _select(model, target, groups, chosen)
 
 
 def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[int]:
@@ -105,7 +126,13 @@ def _choice(model: PreTrainedModel, choice: Any, budget: Budget | None) -> list[
                 "ends with a component."
             )
     if budget is not None:
-        costs = cost_table(model).of(choice)
+        table = cost_table(model)
+        costs, own = table.of(choice), table.components_of(choice)
+        if len(own) < (budget.min_components or 1):
+            raise ValueError(
+                f"choice: got {list(choice)} of the components {own} alone, allowed are at least "
+                f"{budget.min_components} components (min_components)."
+            )
         for kind, limit in budget.limits().items():
             if costs[kind] > limit:
                 raise ValueError(f"choice: got {list(choice)} with {costs[kind]} {kind}, allowed are at most {limit}.")

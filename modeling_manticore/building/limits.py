@@ -18,10 +18,9 @@ def best_choice(
     """
     argmax of an additive score over all choices within the budget, or None if there is none; of equal ones any.
 
-    Partial choices with the same first and last component path differ from here on by what they have spent and scored
-    alone, so
-    only those are kept that no other beats in both. Exact whatever the limits; for few distinct costs a block (cuts of
-    equal size) the number of labels stays small.
+    Partial choices with the same first and last component path, and the same components while those are too few,
+    differ from here on by what they have spent and scored alone, so only those are kept that no other beats in both.
+    Exact whatever the limits; for few distinct costs a block (cuts of equal size) the number of labels stays small.
 
     Args:
         score: its `nodes`, `edges`, `ends` as in `Terms`; -inf forbids.
@@ -32,15 +31,19 @@ def best_choice(
     paths = [range(n) for n in table.paths] if allowed is None else allowed
     rest = [_least_rest(term, paths) for term in terms]
     bounds = list(limits.values())
-    labels: dict[tuple[int, int, int], list] = {}  # first path, last block with a component, path there
+    wanted = 1 if budget is None else budget.min_components or 1
+    labels: dict[tuple, list] = {}  # first path, last block with a component, path there, components while too few
     for p in paths[0]:
-        labels[p, 0, p] = [(tuple(float(t.nodes[0][p]) for t in terms), float(score.nodes[0][p]), (p,))]
+        labels[p, 0, p, _seen(frozenset(), table.components[0][p], wanted)] = [
+            (tuple(float(t.nodes[0][p]) for t in terms), float(score.nodes[0][p]), (p,))
+        ]
     for b in range(1, len(paths)):
-        grown: dict[tuple[int, int, int], list] = {}
-        for (first, at, p), entries in labels.items():
+        grown: dict[tuple, list] = {}
+        for (first, at, p, seen), entries in labels.items():
             for q in paths[b]:
                 skipped = q == table.skips[b]
-                state = (first, at, p) if skipped else (first, b, q)
+                now = _seen(seen, table.components[b][q], wanted)
+                state = (first, at, p, now) if skipped else (first, b, q, now)
                 step = [float(t.nodes[b][q] + (0 if skipped else t.edges[at, b][p, q])) for t in terms]
                 gain = float(score.nodes[b][q] + (0 if skipped else score.edges[at, b][p, q]))
                 for spent, value, choice in entries:
@@ -49,13 +52,22 @@ def best_choice(
                         grown.setdefault(state, []).append((cost, value + gain, (*choice, q)))
         labels = {state: _undominated(entries) for state, entries in grown.items()}
     best, best_value = None, -math.inf
-    for (first, _, last), entries in labels.items():
+    for (first, _, last, seen), entries in labels.items():
         for spent, value, choice in entries:
             cost = [s + float(t.ends[first, last]) for s, t in zip(spent, terms)]
             value = value + float(score.ends[first, last])
-            if all(c <= limit for c, limit in zip(cost, bounds)) and value > best_value:
+            enough = seen is None and all(c <= limit for c, limit in zip(cost, bounds))
+            if enough and value > best_value:
                 best, best_value = list(choice), value
     return best
+
+
+def _seen(seen: frozenset | None, component: int | None, wanted: int) -> frozenset | None:
+    """The components so far; None where they are as many as are wanted."""
+    if seen is None:
+        return None
+    seen = seen if component is None else seen | {component}
+    return None if len(seen) >= wanted else seen
 
 
 def smallest(table: CostTable, kind: str, budget: Budget | None = None, allowed: Allowed | None = None) -> int | None:
@@ -69,12 +81,17 @@ def check_feasible(table: CostTable, budget: Budget | None, allowed: Allowed | N
     """
     Raises:
         ValueError: no choice is within the budget; for every limit at fault, the smallest feasible value, given the
-            other limits.
+            other limits (of min_components the largest).
     """
     if budget is None or best_choice(table, budget, zeros_like(table), allowed) is not None:
         return
-    limits = budget.limits()
-    alone = {kind: smallest(table, kind, None, allowed) for kind in limits}
+    limits, wanted = budget.limits(), budget.min_components
+    for fewer in range(wanted or 1, 0, -1):  # as many as there are, whatever they cost
+        if best_choice(table, Budget(min_components=fewer), zeros_like(table), allowed) is not None:
+            break
+    if wanted is not None and fewer < wanted:
+        raise ValueError(f"min_components: got {wanted}, the largest feasible value is {fewer}.")
+    alone = {kind: smallest(table, kind, Budget(min_components=wanted), allowed) for kind in limits}
     faults = [
         f"max_{kind}: got {limit}, the smallest feasible value is {alone[kind]}"
         for kind, limit in limits.items()
@@ -82,7 +99,8 @@ def check_feasible(table: CostTable, budget: Budget | None, allowed: Allowed | N
     ]
     if not faults:
         for kind, limit in limits.items():
-            others = Budget(**{f"max_{other}": value for other, value in limits.items() if other != kind})
+            kept = {f"max_{other}": value for other, value in limits.items() if other != kind}
+            others = Budget(**kept, min_components=wanted)
             least = smallest(table, kind, others, allowed)
             if least is not None:
                 faults.append(
@@ -93,7 +111,8 @@ def check_feasible(table: CostTable, budget: Budget | None, allowed: Allowed | N
             f"max_{kind}: got {limit}, the smallest feasible value alone is {alone[kind]}"
             for kind, limit in limits.items()
         ]
-    raise ValueError("budget: no discrete hybrid is within it; " + "; ".join(faults) + ".")
+    of = "" if wanted in (None, 1) else f" of {wanted} components"
+    raise ValueError(f"budget: no discrete hybrid{of} is within it; " + "; ".join(faults) + ".")
 
 
 def argmax_under(

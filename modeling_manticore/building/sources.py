@@ -23,6 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..hub.transfer import HubError, call
 from ..slicing_manticore import find_layers
+from .names import check_name, not_here
 from .partial import ComponentPart, needed_shards, partial_class, shards_with_unused_left_out
 
 
@@ -133,8 +134,8 @@ def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
     folder = Path(name, options.get("subfolder", ""))
     if Path(name).is_dir():
         _check_folder(where, folder, options.get("variant"))
-    elif Path(name).is_absolute() or name.startswith("."):
-        raise ValueError(f"{where}: there is no such folder.")
+    else:
+        check_name(name, where)
     on_hub = not (Path(name).is_dir() or is_offline_mode() or options.get("local_files_only"))
     if on_hub:
         fetch_component(where, name, options, DESCRIPTION_FILES)
@@ -149,13 +150,29 @@ def _source(k: int, component: Any, options: dict[str, Any]) -> ComponentSource:
     return ComponentSource(k, name, options, config, dtype, revision, on_hub=on_hub)
 
 
+def fetched(where: str, name: str, options: dict[str, Any], patterns: list[str]) -> dict[str, Any]:
+    """
+    Loading options of a folder or repository, with `trust_remote_code` among them; of a repository after the files
+    that match the patterns are in the cache.
+
+    Raises:
+        ValueError: there is no such folder, or the files cannot be had.
+    """
+    check_name(name, where)
+    options = dict(options)
+    if not Path(name).is_dir() and not is_offline_mode():
+        fetch_component(where, name, options, patterns)
+    return options
+
+
 def fetch_component(where: str, name: str, options: dict[str, Any], patterns: list[str]) -> None:
     """
     Bring the files of a Hub component that match the patterns into the local cache, all of one commit, by calls that
     end even where transformers' would wait for ever. `options` then name that commit, and are for the cache only.
 
     Raises:
-        ValueError: they cannot be had, and the cache has none either.
+        ValueError: they cannot be had, and the cache has none either (`HubError`, which is one, where the Hub or the
+            connection is at fault).
     """
     folder = options.get("subfolder", "").strip("/")
     request = {
@@ -172,7 +189,10 @@ def fetch_component(where: str, name: str, options: dict[str, Any], patterns: li
         if error.kind not in ("connection", "stalled") or not isinstance(
             try_to_load_from_cache(name, config, **place), str
         ):
-            raise ValueError(f"{where}: {error}") from error
+            also = f" {not_here(name)}" if error.kind in ("connection", "stalled", "missing", "offline") else ""
+            if error.kind == "missing":  # the name is at fault, not the Hub
+                raise ValueError(f"{where}: {error}{also}") from error
+            raise HubError(f"{where}: {error}{also}", error.kind) from error
         logger.warning(f"{where}: {error} What the cache has is used.")
     if not options["trust_remote_code"]:  # whose code may be in another repository
         options["local_files_only"] = True

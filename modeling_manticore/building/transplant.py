@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .sources import TOKENIZER_FILES, ComponentSource
+from .sources import DESCRIPTION_FILES, TOKENIZER_FILES, ComponentSource, fetched
 from .vocabulary import Transplant, Vocabulary, cut, transplant
 
 
@@ -213,8 +213,10 @@ def load_tokenizer(name: Any, where: str, revision: str | None = None) -> PreTra
         return name
     if not isinstance(name, (str, Path)):
         raise ValueError(f"{where}: got {type(name).__name__}, allowed is a tokenizer, a name or a folder.")
+    options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
+    options = fetched(f"{where} ({name})", str(name), options, DESCRIPTION_FILES)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: got {str(name)!r}, which has no tokenizer: {error}") from error
 

@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from .. import __version__, when_loaded
+
 
 COMMANDS = {
     "demo": "make one hybrid out of two small pretrained models: the whole path in a few minutes",
@@ -16,7 +18,7 @@ COMMANDS = {
     "evaluate": "measure loss, perplexity and next-token accuracy of a saved model on texts",
     "mad": "train small models, or a small hybrid, on the six synthetic tasks of MAD, and measure them",
     "experiment": "run a grid of models, tasks, learning rates and seeds in parallel; what is finished is skipped",
-    "report": "tables with intervals, pictures, and what holds of what was claimed, out of the runs of experiments",
+    "report": "make tables with intervals, pictures, and what holds of what was claimed, of experiments' runs",
     "push": "push a saved hybrid to the Hub, with its code and card, in one commit",
     "verify": "compare the code that travels with a hybrid with that of the installed release",
     "space": "push a Gradio Space in which a hybrid can be tried in a browser",
@@ -33,6 +35,7 @@ POSITIONAL = {
     "report": "FILE.yaml ...",
     "completion": "SHELL",
 }
+OWN_FILE = ("plan", "build", "experiment", "report")  # their first word is no settings file
 NOTHING = "Nothing was written; the same command starts again."
 RESUME = {
     "demo": "Components that were trained are kept; the same command goes on with the rest.",
@@ -46,8 +49,10 @@ RESUME = {
     "space": "The Space is as it was or has the whole commit; the same command tries again.",
 }
 ENDING = """
-manticore COMMAND --help lists the options of a command. A settings file has the
-same names, without the dashes; options after it win.
+manticore COMMAND --help lists the options of a command, manticore --version tells
+the release. A settings file has the same names, without the dashes; options
+after it win. Texts, trained components and finished runs are kept in the folder
+manticore of $XDG_CACHE_HOME, else of ~/.cache.
 
 Exit codes: 0 done; 1 the task failed (the Hub, the network, the disk, a check
 that did not pass); 2 bad usage (an option, a file or a model that is not
@@ -76,10 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage())
         return 0
+    if arguments[:1] == ["--version"]:
+        print(f"manticore {__version__}")
+        return 0
     try:
         if not arguments or arguments[0] not in COMMANDS:
+            from .parsing import meant
+
             given = repr(arguments[0]) if arguments else "nothing"
-            raise ValueError(f"command: got {given}, allowed are {', '.join(COMMANDS)}.")
+            allowed = f"allowed are {', '.join(COMMANDS)}."
+            raise ValueError(
+                f"command: got {given}, {meant(arguments[0], COMMANDS, allowed) if arguments else allowed}"
+            )
         _plain_without_terminal()
         import_module(f".{arguments[0]}", __name__).run(arguments[1:])
         sys.stdout.flush()
@@ -102,8 +115,16 @@ def _failed(error: Exception, code: int) -> int:
 
 
 def _plain_without_terminal() -> None:
-    """No bars of transformers where nobody watches; ours are lines then."""
-    if not sys.stderr.isatty():
+    """No bars of transformers where nobody watches, as soon as it is there; ours are lines then."""
+
+    def plain() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+    if sys.stderr.isatty():
+        return
+    if "transformers" in sys.modules:
+        plain()
+    else:
+        when_loaded.append(plain)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .parsing import parse_options
+from .parsing import TEXT_CACHE, parse_options
 from .plan import recipe_first
 
 
@@ -17,8 +17,9 @@ class BuildOptions:
             "push."
         },
     )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
+    allow_local_sources: bool = field(
+        default=False, metadata={"help": "Push with 'local' in place of local paths, which are otherwise refused."}
     )
 
 
@@ -40,4 +41,5 @@ def run(arguments: list[str]) -> None:
         dry_run=options.dry_run,
         from_stage=options.from_stage,
         cache_folder=options.cache_folder,
+        allow_local_sources=options.allow_local_sources,
     )

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from .parsing import parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, require, require_positive
 
 
 @dataclass
@@ -41,9 +41,7 @@ class ComposeOptions:
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     order: str = field(default="sequential", metadata={"help": "Order of calibration: sequential or parallel."})
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
 
 
 KINDS = (ComposeOptions,)

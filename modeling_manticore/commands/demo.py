@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .parsing import parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, require, require_positive
 
 
 @dataclass
@@ -11,7 +11,7 @@ class DemoOptions:
         default="runs/demo", metadata={"help": "Where the hybrid, table and plots are written."}
     )
     cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts and trained components are kept (default: ~/.cache/manticore)."}
+        default=None, metadata={"help": TEXT_CACHE.replace("texts", "texts and trained components")}
     )
     texts: list[str] = field(
         default_factory=lambda: ["bible", "python"],

@@ -30,12 +30,15 @@ def run(arguments: list[str]) -> None:
     import torch
     from transformers import AutoConfig
 
+    from ..building.sources import fetched
     from ..cache_manticore import cache_growth
     from ..hub.cards import architecture
     from ..hub.sizes import build_on_meta
 
+    reading = {"trust_remote_code": False, "revision": options.revision or "main"}
+    reading = fetched(f"model ({options.model})", options.model, reading, ["config.json"])
     try:
-        config = AutoConfig.from_pretrained(options.model, revision=options.revision or "main")
+        config = AutoConfig.from_pretrained(options.model, **reading)
     except OSError as error:
         raise ValueError(f"model: {options.model!r} cannot be read ({str(error).splitlines()[0]})") from error
     require(

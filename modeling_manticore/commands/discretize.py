@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from .limits import LimitOptions
-from .parsing import parse_options, require_positive
+from .parsing import TEXT_CACHE, parse_options, require_positive
 
 
 @dataclass
@@ -24,9 +24,7 @@ class DiscretizeOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     order: str = field(default="sequential", metadata={"help": "Order of calibration: sequential or parallel."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
 
 
 def parse_choice(choice: str) -> str | list[int]:

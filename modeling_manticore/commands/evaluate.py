@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, require, require_positive
 
 
 @dataclass
@@ -22,9 +22,7 @@ class EvaluateOptions:
     output_file: str | None = field(default=None, metadata={"help": "Also write the numbers there, as JSON."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow a model with code of its own."})
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
 
 
 KINDS = (EvaluateOptions,)

@@ -26,7 +26,10 @@ class ExperimentOptions:
         },
     )
     cache: str | None = field(
-        default=None, metadata={"help": "Folder of finished runs (default: ~/.cache/manticore/experiments)."}
+        default=None,
+        metadata={
+            "help": "Folder of finished runs (default: manticore/experiments in $XDG_CACHE_HOME, else in ~/.cache)."
+        },
     )
     output: str | None = field(default=None, metadata={"help": "Folder of results, in place of the file's."})
     dry_run: bool = field(default=False, metadata={"help": "Say what would run and what is finished; run nothing."})

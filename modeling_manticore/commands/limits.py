@@ -20,6 +20,9 @@ class LimitOptions:
     max_flops_per_token: float | None = field(
         default=None, metadata={"help": "At most so many floating-point operations per token."}
     )
+    min_components: int | None = field(
+        default=None, metadata={"help": "Paths of at least so many components; 2 forbids a cut of one alone."}
+    )
 
     def budget(self) -> "Budget | None":
         """

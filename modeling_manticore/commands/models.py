@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..building.sources import DESCRIPTION_FILES, WEIGHT_FILES, fetched
 from ..progress import progress_bar
 from ..tasks.text import corpus, pack
 from .parsing import require
@@ -22,8 +23,11 @@ def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     if Path(name).is_dir():
         require((Path(name) / "config.json").is_file(), f"model: got the folder {name!r}, which has no config.json.")
+    options = fetched(
+        f"model ({name})", name, {"trust_remote_code": trust_remote_code}, DESCRIPTION_FILES + WEIGHT_FILES
+    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise ValueError(f"model: {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -51,8 +55,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ValueError: there is none.
     """
+    options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
+    options = fetched(f"tokenizer ({name})", name, options, DESCRIPTION_FILES)
     try:
-        return AutoTokenizer.from_pretrained(name, **({} if revision is None else {"revision": revision}))
+        return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: {name!r} has none ({str(error).splitlines()[0]})") from error
 

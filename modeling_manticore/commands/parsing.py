@@ -2,16 +2,36 @@
 
 import difflib
 import json
+import sys
 import textwrap
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+
+
+def _parser_class() -> type:
+    """
+    `HfArgumentParser` out of its file, which needs nothing else of transformers: an import of the package around it
+    takes longer than a command may take to say its help.
+    """
+    if "transformers" in sys.modules:
+        return import_module("transformers").HfArgumentParser
+    folder = find_spec("transformers").submodule_search_locations[0]
+    spec = spec_from_file_location("hf_argparser", Path(folder, "hf_argparser.py"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HfArgumentParser
 
 
 LINE = 80  # columns of texts that argparse prints as they are
+
+
+TEXT_CACHE = "Where texts are kept (default: manticore in $XDG_CACHE_HOME, else in ~/.cache)."
 
 
 class HelpFormatter(RawDescriptionHelpFormatter):
@@ -23,6 +43,8 @@ class HelpFormatter(RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         if action.const is True:
             return long[0] if action.default is False else f"{long[0]} true|false"
+        if getattr(action.type, "__name__", "") == "string_to_bool":
+            return f"{long[0]} true|false"
         return f"{long[0]} {self._format_args(action, {int: 'N', float: 'X'}.get(action.type, 'TEXT'))}"
 
     def _get_help_string(self, action: Action) -> str:
@@ -32,7 +54,7 @@ class HelpFormatter(RawDescriptionHelpFormatter):
         if action.required:
             return f"{text} (required)."
         default = action.default
-        if default is None or default in (False, SUPPRESS) or default == [] or "(default" in text:
+        if default is None or default is False or default in (SUPPRESS, []) or "(default" in text:
             return f"{text}."
         words = default if isinstance(default, list) else [default]
         shown = " ".join(_as_word(word) for word in words)
@@ -52,7 +74,7 @@ class Interrupted(KeyboardInterrupt):
 SETTINGS = (".yaml", ".yml", ".json")
 
 
-class OptionParser(HfArgumentParser):
+class OptionParser(_parser_class()):
     """`HfArgumentParser` whose complaints are ValueErrors, for one place that prints them."""
 
     def error(self, message: str):
@@ -77,6 +99,7 @@ def parse_options(kinds: tuple[type, ...], arguments: list[str], command: str, e
     parser = parser_of(kinds, command, epilog)
     if arguments and not arguments[0].startswith("-"):
         arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]
+    _refuse_unknown(parser, arguments)
     try:
         return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     except TypeError as error:
@@ -85,7 +108,7 @@ def parse_options(kinds: tuple[type, ...], arguments: list[str], command: str, e
 
 def parser_of(kinds: tuple[type, ...], command: str, epilog: str | None = None) -> OptionParser:
     """The parser of a command, with the help that all of them share."""
-    from . import COMMANDS, POSITIONAL
+    from . import COMMANDS, OWN_FILE, POSITIONAL
 
     text = COMMANDS[command]
     parser = OptionParser(
@@ -99,9 +122,9 @@ def parser_of(kinds: tuple[type, ...], command: str, epilog: str | None = None) 
     for action in parser._actions:
         if any(name.startswith("--no_") for name in action.option_strings):
             action.help = SUPPRESS  # the other half of a switch that is on by default
-    parser.usage = f"manticore {command} [FILE.yaml | FILE.json] [--option value ...]"
-    if command in POSITIONAL:
-        parser.usage += f"\n       manticore {command} {POSITIONAL[command]} [--option value ...]"
+    forms = [] if command in OWN_FILE else ["[FILE.yaml | FILE.json]"]
+    forms += [POSITIONAL[command]] if command in POSITIONAL else []
+    parser.usage = "\n       ".join(f"manticore {command} {form} [--option value ...]" for form in forms)
     return parser
 
 
@@ -122,14 +145,33 @@ def positional_first(arguments: list[str], *names: str) -> list[str]:
     return [f"--{name}={word}" for name, word in zip(names, words)] + arguments[len(words) :]
 
 
+def _refuse_unknown(parser: OptionParser, arguments: list[str]) -> None:
+    """
+    Raises:
+        ValueError: an option that the command does not have; before argparse complains of what is missing for that.
+    """
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    for word in arguments:
+        name = word.split("=")[0]
+        if name.startswith("--") and name != "--" and name not in known:
+            raise ValueError(
+                f"{name}: there is no such option; {meant(name, known, f'{parser.prog} --help lists them.')}"
+            )
+
+
+def meant(word: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean 'x'?` without a stop, or what to say where nothing known is similar."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
+
+
 def _as_flags(parser: OptionParser, file: Path) -> list[str]:
     """The settings of a file as flags, so that they are checked and converted in the same way."""
     known = {action.dest for action in parser._actions if action.option_strings and action.dest != "help"}
     flags = []
     for key, value in _read_settings(file).items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"{file}: {key!r} is no option" + (f"; did you mean {close[0]!r}?" if close else "."))
+            raise ValueError(f"{file}: {key!r} is no option; {meant(str(key), known, 'see --help.')}")
         if value is None:
             continue
         if isinstance(value, list):

@@ -1,5 +1,6 @@
 """`manticore push FOLDER REPO`: a saved hybrid or saved adapters -> the Hub, in one commit."""
 
+import json
 from dataclasses import dataclass, field
 
 from .parsing import parse_options, positional_first, require_positive
@@ -19,9 +20,11 @@ class PushOptions:
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload hybrid", metadata={"help": "First line of the commit."})
     allow_local_sources: bool = field(
-        default=False, metadata={"help": "Write 'local' in place of absolute local paths, which are refused else."}
+        default=False,
+        metadata={"help": "Write 'local' in place of absolute local paths, which are otherwise refused."},
     )
     patience: int = field(default=60, metadata={"help": "Seconds without a sign of life after which it gives up."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
 
 
 KINDS = (PushOptions,)
@@ -52,6 +55,11 @@ def run(arguments: list[str]) -> None:
         allow_local_sources=options.allow_local_sources,
         patience=float(options.patience),
     )
+    if options.json:
+        told = {"repo_id": options.repo_id, "commit": info.oid, "url": str(info.commit_url)}
+        told |= {"pull_request": info.pr_url, "changed": info.changed, "left_behind": info.left_behind}
+        print(json.dumps(told, indent=2))
+        return
     if info.left_behind:
         print(f"Left behind: {', '.join(info.left_behind)}")
     print(f"{len(info.changed)} files changed." if info.changed else "Nothing differs from what is there; no commit.")

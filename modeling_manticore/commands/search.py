@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .limits import LimitOptions
-from .parsing import parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, require, require_positive
 from .search_programming import ProgramOptions, task_weights_of
 from .search_training import (
     GradientOptions,
@@ -119,9 +119,7 @@ class SearchOptions:
             "help": "stitch: tokens of context at which FLOPs are counted (default: the hybrid's, at most 2048)."
         },
     )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
 
 
 @dataclass
@@ -169,8 +167,8 @@ def run(arguments: list[str]) -> None:
     budget = limits.budget()
     require(
         budget is None or options.strategy != "sweep",
-        f"{', '.join(f'max_{kind}' for kind in (budget.limits() if budget else ()))}: given with strategy 'sweep', "
-        "which keeps the whole supernet; allowed with limits is any other strategy.",
+        f"{', '.join(name for name, value in vars(limits).items() if value is not None)}: given with strategy "
+        "'sweep', which keeps the whole supernet; allowed with limits is any other strategy.",
     )
     halving = HalvingOptions(options.halving_tokens, learning_rate=options.halving_learning_rate)
     folder = check_output(options.output_folder)
@@ -243,8 +241,8 @@ def _recipe(search: Search) -> dict[str, Any]:
     parts += [search.gradient] if search.options.strategy in GRADIENT else []
     parts += [search.program] if search.options.strategy == "mad" else []
     values = {name: value for part in parts for name, value in vars(part).items() if value is not None}
-    limits = {} if search.budget is None else search.budget.limits()
-    return values | {f"max_{kind}": limit for kind, limit in limits.items()}
+    limits = {} if search.budget is None else vars(search.budget)
+    return values | {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _stitch(search: Search) -> Found:

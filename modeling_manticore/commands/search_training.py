@@ -167,6 +167,7 @@ def train_search(
     from .. import Budget, ManticoreTrainer
     from ..building.discretize import usable_paths
     from ..building.limits import argmax_under
+    from ..search.callbacks import plain_without_terminal
     from ..tasks.text import as_dataset
 
     trainer = ManticoreTrainer(
@@ -177,10 +178,27 @@ def train_search(
         search_dataset=None if search is None else as_dataset(search),
         budget=budget,
     )
+    plain_without_terminal(trainer, args.strategy)
+    alone = losses_alone(model, held_out, args.per_device_eval_batch_size)
     trainer.train()
+    trainer.search_report.alone = alone
     table = trainer.cost_table()
     choice = argmax_under(table, model.mixture_weights(), budget or Budget(), usable_paths(model))
     return choice, table, trainer
+
+
+def losses_alone(model: "PreTrainedModel", held_out: "torch.LongTensor", batch_size: int) -> dict[str, float]:
+    """Component -> its own loss (nats) on rows (rows, length), of those that a supernet holds whole."""
+    from ..building.discretize import component_alone
+    from ..search.history import component_names
+    from .models import measure
+
+    losses = {}
+    for k, name in enumerate(component_names(model.config)):
+        component = component_alone(model, k)
+        if component is not None:
+            losses[name] = measure(component, held_out, batch_size, label=f"{name} alone, held out")["loss"]
+    return losses
 
 
 def train_and_discretize(

@@ -1,5 +1,6 @@
 """`manticore space REPO`: a Gradio Space in which a hybrid can be tried, filled in and pushed."""
 
+import json
 from dataclasses import dataclass, field
 
 from .parsing import parse_options, positional_first, require, require_positive
@@ -19,9 +20,11 @@ class SpaceOptions:
         default=None, metadata={"help": "Write the Space there instead of pushing it, to run it on this machine."}
     )
     allow_local_sources: bool = field(
-        default=False, metadata={"help": "Write 'local' in place of absolute local paths, which are refused else."}
+        default=False,
+        metadata={"help": "Write 'local' in place of absolute local paths, which are otherwise refused."},
     )
     patience: int = field(default=60, metadata={"help": "Seconds without a sign of life after which it gives up."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})
 
 
 KINDS = (SpaceOptions,)
@@ -43,6 +46,9 @@ def run(arguments: list[str]) -> None:
 
     if options.output_folder is not None:
         folder = write_space(options.repo, options.output_folder, revision=options.revision)
+        if options.json:
+            print(json.dumps({"folder": str(folder)}, indent=2))
+            return
         print(f"The Space is in {folder}; it needs the extra `space`: python {folder / 'app.py'}")
         return
     info = push_space(
@@ -53,5 +59,8 @@ def run(arguments: list[str]) -> None:
         allow_local_sources=options.allow_local_sources,
         patience=float(options.patience),
     )
+    if options.json:
+        print(json.dumps({"commit": info.oid, "url": str(info.commit_url), "changed": info.changed}, indent=2))
+        return
     print(f"{len(info.changed)} files changed." if info.changed else "Nothing differs from what is there; no commit.")
     print(f"Commit {info.oid}: {info.commit_url}")

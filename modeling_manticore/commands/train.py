@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import Interrupted, parse_options, require, require_positive
+from .parsing import TEXT_CACHE, Interrupted, parse_options, require, require_positive
 from .search_training import check_search_texts, search_rows, suit
 
 
@@ -26,9 +26,7 @@ class TrainOptions:
     )
     rows: int | None = field(default=None, metadata={"help": "At most so many rows of each training text."})
     row_length: int = field(default=128, metadata={"help": "Tokens per row."})
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "Where texts are kept (default: ~/.cache/manticore)."}
-    )
+    cache_folder: str | None = field(default=None, metadata={"help": TEXT_CACHE})
     teacher: list[str] | None = field(
         default=None,
         metadata={
@@ -61,6 +59,7 @@ def run(arguments: list[str]) -> None:
 
     training.disable_tqdm = training.disable_tqdm or not sys.stderr.isatty()
 
+    from ..search.callbacks import plain_without_terminal
     from ..tasks.text import as_dataset
     from .models import check_output, load_hybrid, load_tokenizer, rows_of
 
@@ -92,6 +91,7 @@ def run(arguments: list[str]) -> None:
         processing_class=tokenizer,
         teacher=teacher_of(options.teacher),
     )
+    plain_without_terminal(trainer, training.stage)
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     except KeyboardInterrupt as stop:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ PARTIAL = re.compile(r"\.([a-z]+)\.partial-(\d+)")
 
 
 def build(
-    recipe: Recipe, *, dry_run: bool = False, from_stage: str | None = None, cache_folder: str | None = None
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    from_stage: str | None = None,
+    cache_folder: str | None = None,
+    allow_local_sources: bool = False,
 ) -> Path | None:
     """
     Make the hybrid of a recipe in `recipe.folder`, one folder a stage, and `report.html` that shows it. `stage.json`
@@ -35,6 +41,7 @@ def build(
         dry_run: plan, and print which stages would run; nothing is written.
         from_stage: run from this stage on again.
         cache_folder: where texts are kept.
+        allow_local_sources: as if the recipe's `publishing` had it.
 
     Returns:
         The folder of the finished hybrid; None after a dry run.
@@ -45,6 +52,8 @@ def build(
     names = [stage.name for stage in STAGES]
     if from_stage is not None and from_stage not in names:
         raise ValueError(f"from_stage: got {from_stage!r}, allowed are {', '.join(names)}.")
+    if allow_local_sources and recipe.publishing is not None:
+        recipe = replace(recipe, publishing=replace(recipe.publishing, allow_local_sources=True))
     made = plan(recipe)
     print(made)
     made.check()
@@ -76,6 +85,8 @@ def build(
         if dry_run:
             print(f"{label}: to do")
             continue
+        if stage.name == "push":  # which may fail for reasons that are not ours
+            _write_page(folder, work, [*told, (stage.name, "not finished", None)])
         print(f"{label}: running", flush=True)
         started = time.perf_counter()
         _run(stage, work, place, before)
@@ -84,10 +95,14 @@ def build(
     if dry_run:
         return None
     if stopped or not (folder / PAGE_NAME).is_file():
-        build_page(folder, work.model_folder, told, recipe_to_dict(recipe)).write(folder)
+        _write_page(folder, work, told)
     print(f"The report is {folder / PAGE_NAME}")
     print(f"The hybrid is in {work.model_folder}")
     return work.model_folder
+
+
+def _write_page(folder: Path, work: Work, told: list[tuple[str, str, float | None]]) -> None:
+    build_page(folder, work.model_folder, told, recipe_to_dict(work.recipe)).write(folder)
 
 
 def _run(stage: Stage, work: Work, place: Path, key: str) -> None:

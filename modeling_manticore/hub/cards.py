@@ -33,7 +33,7 @@ def render_card(
     results: Sequence[Mapping[str, Any]] | None = None,
     report: Any = None,
     versions: Mapping[str, str] | None = None,
-    licences: Sequence[str | None] | None = None,
+    licences: Sequence[str | None] | Mapping[str, str | None] | None = None,
     picture: str | None = None,
 ) -> str:
     """
@@ -50,19 +50,20 @@ def render_card(
         report: of a search or a calibration: a text, a dictionary or what has `to_dict()`. `blocks` of a
             `SearchReport` become a table.
         versions: name -> version of what made it; by default those in the configuration.
-        licences: id of the licence of every component; else the recipe's, else the README's in a local folder.
+        licences: id of the licence of every component, or source or name of a component -> id; those that a choice
+            dropped may be among them. Else the recipe's, else the README's in a local folder.
         picture: file name, beside the card, of a picture by `draw_hybrid`.
 
     Raises:
         ValueError: a licence that is not known or does not follow (see `licence_of_hybrid`); bad arguments.
     """
     config = getattr(hybrid, "config", hybrid)
-    recipe = _plain(recipe or {}, "recipe")
+    given, recipe = recipe or {}, _plain(recipe or {}, "recipe")
     results = check_results(results or [])
     said = recipe | (recipe.get("publishing") or {})
     facts = architecture(hybrid)
     used = config.used_components
-    licences = _licences(config, recipe, licences)
+    licences = _licences(config, given.get("components"), licences)
     licence = licence_of_hybrid([licences[k] for k in used], said.get("license"), said.get("license_reason"), repo_id)
     sources = [_source(config, k) for k in range(len(config.components))]
     names = component_names(config)
@@ -116,15 +117,16 @@ def write_card(folder: str | os.PathLike, hybrid: Any, **arguments: Any) -> Path
     Write `README.md` and the picture it shows into a folder, the card in one move; arguments as in `render_card`.
 
     Without matplotlib there is no picture.
+
+    Raises:
+        ValueError: as `render_card`, before anything is drawn or written.
     """
     folder = Path(folder)
+    text = render_card(hybrid, picture=PICTURE, **arguments)
     try:
         draw_hybrid(hybrid, folder / PICTURE)
     except ImportError:
-        picture = None
-    else:
-        picture = PICTURE
-    text = render_card(hybrid, picture=picture, **arguments)
+        text = render_card(hybrid, **arguments)
     staged = folder / ".README.md"
     staged.write_text(text, encoding="utf-8")
     os.replace(staged, folder / "README.md")
@@ -205,22 +207,54 @@ def _source(config: Any, k: int) -> str | None:
     return source
 
 
-def _licences(config: Any, recipe: dict, given: Sequence[str | None] | None) -> list[str | None]:
-    count = len(config.components)
+def _licences(config: Any, entries: Any, given: Any) -> list[str | None]:
+    """
+    The licence of every component of the configuration, of which a choice may have dropped some.
+
+    Args:
+        entries: `components` of the recipe.
+    """
+    entries = [e if isinstance(e, dict) else {} for e in entries] if isinstance(entries, list) else []
     if given is not None:
-        if isinstance(given, str) or len(given) != count:
-            raise ValueError(f"licences: got {given!r}, allowed is a list with one id or None for each of {count}.")
+        return _given_licences(config, entries, given)
+    sources = [getattr(component, "source", None) for component in config.components]
+    if len(entries) == len(sources):
+        own = entries
+    else:
+        own = [next((e for e in entries if _is_of(e, source)), {}) for source in sources]
+    return [
+        entry.get("license") or (licence_of_folder(source) if _is_folder(source) else None)
+        for entry, source in zip(own, sources)
+    ]
+
+
+def _given_licences(config: Any, entries: list[dict], given: Any) -> list[str | None]:
+    names, count = component_names(config), len(config.components)
+    sources = [getattr(component, "source", None) or name for component, name in zip(config.components, names)]
+    if isinstance(given, Mapping):
+        return [given.get(source, given.get(name)) for source, name in zip(sources, names)]
+    listed = isinstance(given, (list, tuple))
+    if listed and len(given) == count:
         return list(given)
-    entries = recipe.get("components") or []
-    entries = entries if isinstance(entries, list) and len(entries) == count else [None] * count
-    found = []
-    for entry, component in zip(entries, config.components):
-        licence = entry.get("license") if isinstance(entry, dict) else None
-        source = getattr(component, "source", None)
-        if licence is None and isinstance(source, str) and os.path.isdir(source):
-            licence = licence_of_folder(source)
-        found.append(licence)
-    return found
+    if listed and len(given) > count and len(set(given)) == 1:
+        return list(given[:count])
+    if listed and len(given) > count and len(given) == len(entries):
+        found = [[own for entry, own in zip(entries, given) if _is_of(entry, source)] for source in sources]
+        if all(found):
+            return [own[0] for own in found]
+    raise ValueError(
+        f"licences: got {given!r}, allowed is a list with one id or None for each of {count} components, or, where a "
+        f"choice dropped some, a mapping of names to ids with {', '.join(map(repr, sources))}."
+    )
+
+
+def _is_of(entry: dict, source: Any) -> bool:
+    """Whether an entry of a recipe's `components` is what a component came from."""
+    return isinstance(source, str) and source in (entry.get("repo"), entry.get("folder"))
+
+
+def _is_folder(source: Any) -> bool:
+    return isinstance(source, str) and os.path.isdir(source)
 
 
 def _licence_line(licence: str, said: dict) -> str:

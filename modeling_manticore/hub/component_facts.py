@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import SAFE_WEIGHTS_NAME
 from yaml import YAMLError
 
+from ..building.names import hint
 from ..building.partial import ComponentPart, is_unused
 from ..building.sources import TOKENIZER_FILES, ComponentSource, component_sources
 from ..configuration_manticore import ManticoreConfig
@@ -119,7 +120,7 @@ def component_facts(recipe: ComponentRecipe, index: int, notes: list[str]) -> Co
     options = {"revision": [recipe.revision], "trust_remote_code": [recipe.trust_remote_code]}
     where = f"components[{index}] ({recipe.name})"
     if recipe.folder is not None and not Path(recipe.folder).is_dir():
-        raise ValueError(f"{where}: there is no such folder.")
+        raise ValueError(f"{where}: there is no such folder{hint(recipe.folder)}")
     info = None if recipe.folder is not None else _repository(recipe, where)
     try:
         source = component_sources([recipe.name], options)[0]

@@ -6,7 +6,8 @@ A process of its own, because huggingface_hub sets no time-outs for its calls an
 interrupted: whoever waits here (`transfer.py`) can kill it. It ends itself when its standard input closes, so it does
 not outlive a killed parent.
 
-Answers: {"alive": n} at every new sign of progress, then {"done": {...}} or {"failed": message, "kind": kind}.
+Answers: {"alive": n, "bytes": so many went over the wire, "total": of so many (or null), "file": which is on its way}
+at every new sign of progress, then {"done": {...}} or {"failed": message, "kind": kind}.
 A sign of progress is new when the same byte of the same request was not sent, or answered, before; so a client that
 sends the same thing again and again gives none.
 """
@@ -44,6 +45,14 @@ class Progress:
     def __init__(self):
         self._seen, self._lock, self.last = set(), threading.Lock(), time.monotonic()
         self.file = None  # which is being downloaded
+        self.bytes, self.total, self.answered = 0, None, False
+        self._counts = {}
+
+    def count(self, *what, upto: int) -> None:
+        """So many bytes of something went over the wire, all in all."""
+        with self._lock:
+            self.bytes += max(0, upto - self._counts.get(what, 0))
+            self._counts[what] = max(upto, self._counts.get(what, 0))
 
     def mark(self, *sign) -> None:
         """Tell the parent of a sign that was not there before."""
@@ -51,7 +60,7 @@ class Progress:
             if sign not in self._seen:
                 self._seen.add(sign)
                 self.last = time.monotonic()
-                say({"alive": len(self._seen)})
+                say({"alive": len(self._seen), "bytes": self.bytes, "total": self.total, "file": self.file})
 
 
 def say(answer: dict) -> None:
@@ -79,6 +88,8 @@ def watch_client(progress: Progress) -> None:
                 for chunk in self.stream:
                     yield chunk
                     passed += len(chunk)
+                    if "/api/" not in self.sign[-1]:
+                        progress.count(*self.sign, upto=passed)
                     progress.mark(*self.sign, passed // STEP)
 
             def close(self):
@@ -92,6 +103,7 @@ def watch_client(progress: Progress) -> None:
         def on_response(response):
             if response.status_code < 500:
                 sign = (response.request.method, str(response.request.url))
+                progress.answered = True
                 progress.mark("answered", *sign)
                 response.stream = Counted(response.stream, "received", *sign)
 
@@ -112,6 +124,7 @@ def counted(update_progress, name: str, progress: Progress):
     """hf_xet's report of progress, which also marks it."""
 
     def update(self, report, *rest):
+        progress.count(name, progress.file, upto=report.total_bytes_completed)
         for field in ("total_bytes_completed", "total_transfer_bytes_completed"):
             progress.mark(name, progress.file, field, getattr(report, field) // STEP)
         return update_progress(self, report, *rest)
@@ -136,7 +149,17 @@ def connection_trouble(error: BaseException | None) -> bool:
     return False
 
 
-def explained(error: Exception, repo: str, revision: str | None) -> Failure:
+def unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that nobody listens at the address, or that it has no such name."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ConnectionRefusedError) or names & {"ConnectError", "ConnectTimeout", "gaierror"}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def explained(error: Exception, repo: str, revision: str | None, address: str) -> Failure:
     """The failure that an exception of huggingface_hub is, in one line."""
     from huggingface_hub import errors
 
@@ -162,8 +185,10 @@ def explained(error: Exception, repo: str, revision: str | None) -> Failure:
             f"revision: somebody else committed to {revision or 'main'!r} of {repo!r} meanwhile; nothing was pushed. "
             "Look at that commit and push again.",
         )
+    if unreachable(error):
+        return Failure("connection", f"the Hub at {address} cannot be reached ({detail}).")
     if connection_trouble(error):
-        return Failure("connection", f"the connection to the Hub failed again and again ({detail}).")
+        return Failure("connection", f"the connection to the Hub at {address} failed again and again ({detail}).")
     return Failure("refused", f"the Hub or its client refused it: {type(error).__name__}: {detail}")
 
 
@@ -190,6 +215,7 @@ def push(api, request: dict, digest, progress: Progress) -> dict:
         path: local for path, local in request["files"].items() if path not in request["kept"] or path not in there
     }
     different = [path for path, local in files.items() if not is_same(there.get(path), local, digest)]
+    progress.total = sum(os.path.getsize(files[path]) for path in different)
     stale = [path for path in there if path not in request["files"] and re.fullmatch(request["stale"], path)]
     result = {"repo_id": repo, "commit": head, "changed": different + stale, "pull_request": None}
     place = f"spaces/{repo}" if kind == "space" else repo
@@ -253,13 +279,18 @@ def fetch(api, request: dict, digest, progress: Progress) -> dict:
     Bring files of a repository into the local cache, one after the other: repo_id, revision, patterns (as in a shell),
     cache_dir. The commit, the folder, and the names of all files that the repository has.
     """
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
     repo = request["repo_id"]
     commit = api.repo_info(repo, revision=request["revision"]).sha
-    paths = sorted(listed(api, repo, commit))
-    folder = None
-    for path in filter_repo_objects(paths, allow_patterns=request["patterns"]):
+    entries = listed(api, repo, commit)
+    paths, folder = sorted(entries), None
+    wanted = list(filter_repo_objects(paths, allow_patterns=request["patterns"]))
+    kept = {"cache_dir": request.get("cache_dir"), "revision": commit}
+    new = [path for path in wanted if not isinstance(try_to_load_from_cache(repo, path, **kept), str)]
+    progress.total = sum(entries[path].size for path in new)
+    for path in wanted:
         progress.file = path
         local = api.hf_hub_download(repo, path, revision=commit, cache_dir=request.get("cache_dir"))
         progress.mark("file", path)
@@ -280,7 +311,8 @@ OPERATIONS = {"push": push, "fetch": fetch, "create": create}
 def repeated(operation, api, request: dict, progress: Progress) -> dict:
     """
     Run an operation, once more after connection trouble (a commit of which no answer came may have been made), and
-    then while something new happened in the last half of the parent's patience.
+    then while something new happened in the last half of the parent's patience. Where nobody has ever answered, and
+    nobody listens at the address, it is tried three times in some seconds.
 
     Raises:
         Failure: with what the user is told.
@@ -295,8 +327,9 @@ def repeated(operation, api, request: dict, progress: Progress) -> dict:
             wait = WAITS[min(attempt, len(WAITS) - 1)]
             idle = time.monotonic() + wait - progress.last
             twice = request.get("create_pr")  # a second attempt could open a second pull request
-            if not connection_trouble(error) or twice or (attempt and idle > request["patience"] / 2):
-                raise explained(error, request["repo_id"], request.get("revision")) from error
+            dead = unreachable(error) and not progress.answered and (attempt >= 2 or idle > CONNECT_SECONDS)
+            if not connection_trouble(error) or twice or dead or (attempt and idle > request["patience"] / 2):
+                raise explained(error, request["repo_id"], request.get("revision"), api.endpoint) from error
             time.sleep(wait)
             attempt += 1
 

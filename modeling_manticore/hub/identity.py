@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..building.names import check_name
 from .contents import CARRIED, is_pickle_name
 from .staging import remove_stale
 from .transfer import call
@@ -99,6 +100,7 @@ def verify(source: str, *, revision: str | None = None, token: str | bool | None
         folder = Path(source)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     else:
+        check_name(str(source), f"source ({source})")
         request = {"repo_id": source, "revision": revision, "patterns": ["config.json", "*.py"]}
         found = call("fetch", request, token=token, **calling)
         folder, commit, names = Path(found["folder"]), found["commit"], found["files"]

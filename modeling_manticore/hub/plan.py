@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 
 from ..building.costs import DEFAULT_CONTEXT, Budget, CostTable, cost_table
 from ..building.discretize import merged, usable_paths
 from ..building.limits import best_choice, check_feasible
+from ..building.names import hint
 from ..building.partial import ComponentPart
 from ..cache_manticore import path_name
 from ..configuration_manticore import ManticoreConfig
@@ -18,8 +20,9 @@ from ..mixing_manticore import Projector
 from ..tasks.text import BUILT_IN
 from .cluster import ClusterPlan, cluster_plan
 from .component_facts import ComponentFacts, component_facts
+from .contents import local_paths
 from .recipe_schema import Recipe
-from .recipes import load_recipe
+from .recipes import load_recipe, recipe_to_dict
 from .sizes import Sizes, build_on_meta, sizes_of, state_bytes, weight_bytes
 from .vocabulary_match import VocabularyMatch, match_vocabularies
 
@@ -111,7 +114,9 @@ def plan(recipe: Recipe | str | Path, cluster: ClusterQuestion | None = None) ->
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     made = Plan(recipe.name)
-    made.problems += _missing_texts(recipe)
+    made.problems += _missing_texts(recipe) + _local_sources(recipe)
+    if recipe.publishing is not None and recipe.publishing.repo_id is not None and not get_token():
+        made.notes.append("publishing: there is no token to push with; run `hf auth login` or set HF_TOKEN before.")
     facts = _facts(recipe, made)
     if facts is None:
         return made
@@ -240,6 +245,11 @@ def _plan_choice(recipe: Recipe, made: Plan, model: Any, context: int, states: d
                 made.problems.append(
                     f"search.limits.max_{kind}: got {limit}, allowed is at least {costs[kind]}, what the choice has."
                 )
+        if len(table.components_of(search.choice)) < (budget.min_components or 1 if budget else 1):
+            made.problems.append(
+                f"search.limits.min_components: got {budget.min_components}, allowed is at most "
+                f"{len(table.components_of(search.choice))}, what the choice has."
+            )
         made.choice, made.hybrid = search.choice, sizes(search.choice)
         return
     try:
@@ -330,10 +340,29 @@ def _missing_texts(recipe: Recipe) -> list[str]:
             for i, text in enumerate(getattr(getattr(recipe, section), name, None) or ()):
                 if text not in BUILT_IN and not Path(text).exists():
                     problems.append(
-                        f"{section}.{name}[{i}]: got {text!r}, allowed are {', '.join(BUILT_IN)} and files or folders "
-                        "that exist."
+                        f"{section}.{name}[{i}]: got {text!r}, but there is no such file or folder{hint(text)} Built "
+                        f"in are {', '.join(BUILT_IN)}."
                     )
     return problems
+
+
+def _local_sources(recipe: Recipe) -> list[str]:
+    """What the push would refuse at the end: paths of this machine in the configuration or the recipe."""
+    publishing = recipe.publishing
+    if publishing is None or publishing.repo_id is None or publishing.allow_local_sources:
+        return []
+    folders = [(f"components[{k}].folder", part.folder) for k, part in enumerate(recipe.components) if part.folder]
+    others = [(place.removeprefix("recipe."), path) for place, path in local_paths(recipe_to_dict(recipe), "recipe")]
+    found = list(dict(folders + others).items())
+    if not found:
+        return []
+    places = "; ".join(f"{place} is {path!r}" for place, path in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [
+        f"publishing.allow_local_sources: got false, but {places}{more}, which means nothing to others who find it in "
+        f"{publishing.repo_id!r}. Name repositories, or set it to true (`manticore build --allow_local_sources`), and "
+        "'local' is written instead."
+    ]
 
 
 def _too_long(recipe: Recipe, config: ManticoreConfig) -> list[str]:

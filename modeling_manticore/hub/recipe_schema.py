@@ -132,6 +132,7 @@ class LimitsRecipe:
     max_parameters: int | None = count(None, 10**15, 0)
     max_cache_bytes_per_token: int | None = count(None, 10**15, 0)
     max_flops_per_token: float | None = checked(None, least=0)
+    min_components: int | None = count(None, MOST_COMPONENTS)
 
 
 @dataclass
@@ -235,6 +236,7 @@ class PublishingRecipe:
 
     repo_id: str | None = checked(None, check=repository)
     private: bool | None = None
+    allow_local_sources: bool = False
     title: str | None = checked(None, check=some_text)
     description: str | None = checked(None, check=some_text)
     limits: str | None = checked(None, check=some_text)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import CommitInfo
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..building.names import check_name
 from ..configuration_manticore import ManticoreConfig
 from .card_check import REPO_ID
 from .contents import clean_files, local_paths, refuse_local_paths, sorted_out
@@ -90,6 +91,7 @@ def push_space(
     Raises:
         ValueError: names the field, before anything is sent; `HubError` where the Hub or the connection is at fault.
     """
+    check_name(str(source), f"repo ({source})")
     local = Path(source).is_dir()
     name = to or f"{Path(source).resolve().name if local else source}-space"
     try:
@@ -129,6 +131,7 @@ def _configuration(source: str | Path, revision: str | None, calling: dict) -> t
     """The hybrid's configuration, and the commit of a repository."""
     folder, commit = Path(source), None
     if not folder.is_dir():
+        check_name(str(source), f"repo ({source})")
         request = {"repo_id": str(source), "revision": revision, "patterns": ["config.json"]}
         found = call("fetch", request, **calling)
         folder, commit = Path(found["folder"]), found["commit"]

@@ -25,7 +25,7 @@ from ..commands.search_training import (
     train_search,
 )
 from ..commands.train import teacher_of
-from ..search.callbacks import REPORT_DIR
+from ..search.callbacks import REPORT_DIR, plain_without_terminal
 from ..tasks.text import as_dataset, corpus, train_tokenizer
 from .plan import architecture, recipe_configuration
 from .recipe_schema import GRADIENT_STRATEGIES, Recipe, SearchRecipe
@@ -165,6 +165,7 @@ def _by_gradient(work: Work, model: Any, tokenizer: Any, rows: Any, scored: Any,
     report = trainer.search_report
     report.discretized = {"choice": choice, "costs": table.of(choice)}
     report.save(folder / REPORT_DIR, trainer.state.log_history)
+    print("\n".join(report.loss_lines()))
     return list(choice)
 
 
@@ -210,6 +211,7 @@ def finetune(work: Work, folder: Path) -> None:
         processing_class=tokenizer,
         teacher=teacher_of(section.teacher),
     )
+    plain_without_terminal(trainer, "finetune")
     trainer.train()
     _write(folder / "log.json", trainer.state.log_history)
     _save(model, tokenizer, folder)
@@ -264,6 +266,7 @@ def push(work: Work, folder: Path) -> None:
         results=results,
         card=work.latest(CARD),
         private=publishing.private,
+        allow_local_sources=publishing.allow_local_sources,
     )
     _write(folder / "commit.json", {"repo_id": publishing.repo_id, "commit": commit.oid, "url": commit.commit_url})
     print(f"pushed to {publishing.repo_id}, revision {commit.oid}")

@@ -6,13 +6,18 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
+from huggingface_hub import constants, get_token
+
+from ..progress import progress_bar
 
 
 PATIENCE = 60.0  # seconds without any sign of progress
+QUIET_SECONDS = 2.0  # nothing is said of what takes less
+TOLD = {"push": "pushing", "fetch": "fetching", "create": "creating"}
 CLIENT = Path(__file__).with_name("hub_client.py")
 
 
@@ -57,6 +62,8 @@ def call(
     variables = dict(os.environ if environment is None else environment)
     quiet = variables.pop("HF_HUB_DISABLE_PROGRESS_BARS", "0").upper() in ("1", "ON", "YES", "TRUE")
     secret = check_token(token, environment) if needs_token else _token(token, environment)
+    address = variables.get("HF_ENDPOINT") or constants.ENDPOINT
+    told_as = f"{TOLD.get(operation, operation)} {request.get('repo_id')} {'to' if needs_token else 'from'} {address}"
     lines, told = queue.Queue(), []
     with subprocess.Popen(
         [sys.executable, str(CLIENT)],
@@ -67,10 +74,9 @@ def call(
         text=True,
         errors="replace",
     ) as client:
-        shown = sys.stderr.isatty() and not quiet
         readers = [
             threading.Thread(target=_collect, args=(client.stdout, lines), daemon=True),
-            threading.Thread(target=_relay, args=(client.stderr, told, secret, shown), daemon=True),
+            threading.Thread(target=_relay, args=(client.stderr, told, secret), daemon=True),
         ]
         for reader in readers:
             reader.start()
@@ -78,7 +84,7 @@ def call(
             whole = request | {"operation": operation, "token": secret, "patience": patience}
             client.stdin.write(json.dumps(whole) + "\n")
             client.stdin.flush()
-            answer = _answer(lines, patience)
+            answer = _answer(lines, patience, told_as, address, quiet)
         except BrokenPipeError:
             answer = None
         finally:
@@ -119,19 +125,37 @@ def _token(token: str | bool | None, environment: dict[str, str] | None) -> str 
     return get_token()
 
 
-def _answer(lines: queue.Queue, patience: float) -> dict[str, Any] | None:
-    """The last line of the client; None if it ended without one."""
-    while True:
-        try:
-            line = lines.get(timeout=patience)
-        except queue.Empty:
-            message = f"the Hub gave no sign of life for {patience:g} seconds; the call was given up."
-            return {"failed": message, "kind": "stalled"}
-        if line is None:
-            return None
-        answer = json.loads(line)
-        if "alive" not in answer:
-            return answer
+def _answer(lines: queue.Queue, patience: float, told_as: str, address: str, quiet: bool) -> dict[str, Any] | None:
+    """
+    The last line of the client; None if it ended without one. What takes longer than two seconds is told: which
+    repository at which address, and then bytes, rate and remaining time.
+    """
+    shown, bar, last, started = not quiet, None, time.monotonic(), time.monotonic()
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=min(patience, 1.0))
+            except queue.Empty:
+                if time.monotonic() - last > patience:
+                    message = f"the Hub at {address} gave no sign of life for {patience:g} seconds; "
+                    return {"failed": f"{message}the call was given up.", "kind": "stalled"}
+                line = ""
+            if line is None:
+                return None
+            answer = json.loads(line) if line else {"alive": 0}
+            if "alive" not in answer:
+                return answer
+            last = time.monotonic() if line else last
+            if shown and bar is None and time.monotonic() - started > QUIET_SECONDS:
+                print(told_as, file=sys.stderr, flush=True)
+                bar = progress_bar(total=None, desc="  so far", unit="B", unit_scale=True, leave=False)
+            if bar is not None and line:
+                bar.total = answer["total"] or None
+                bar.set_postfix_str(answer["file"] or "", refresh=False)
+                bar.update(max(0, answer["bytes"] - bar.n))
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _collect(stream, lines: queue.Queue) -> None:
@@ -140,11 +164,9 @@ def _collect(stream, lines: queue.Queue) -> None:
     lines.put(None)
 
 
-def _relay(stream, told: list[str], secret: str | None, shown: bool) -> None:
-    """Keep the last of what the client writes to its standard error, without the token, and show it on a terminal."""
+def _relay(stream, told: list[str], secret: str | None) -> None:
+    """Keep the last of what the client writes to its standard error, without the token."""
     for line in stream:
         line = line.replace(secret, "***") if secret else line
         told.append(line)
         del told[:-20]
-        if shown:
-            sys.stderr.write(line)

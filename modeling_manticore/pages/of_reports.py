@@ -47,6 +47,7 @@ def search_page(values: Mapping[str, Any], config: Any, recipe: Any = None) -> P
     facts["tokens"] = f"{effort['tokens'] + effort['search_tokens']:,}"
     facts["seconds"] = f"{effort['seconds']:,.1f}"
     facts |= {f"lowest {name}": f"{best['value']:.4f} nats" for name, best in values["best_evaluation"].items()}
+    facts |= {f"{name} alone, held out": f"{loss:.4f} nats" for name, loss in values.get("alone", {}).items()}
     if "loss" in found:
         facts |= {"supernet, held out": f"{found['supernet_loss']:.4f} nats"}
         facts |= {"kept hybrid, held out": f"{found['loss']:.4f} nats"}
@@ -279,6 +280,8 @@ def _budgets(values: Mapping[str, Any]) -> dict[str, Table]:
 def _limit_table(limits: Mapping[str, float], costs: Mapping[str, Mapping[str, float]]) -> dict[str, Table]:
     rows = [[name, *(cost[kind] for cost in costs.values()), limits.get(kind)] for kind, name in NAMES.items()]
     whole = [[int(v) if isinstance(v, float) and v.is_integer() else v for v in row] for row in rows]
+    if "min_components" in limits:
+        whole.append(["components, at least", *[None] * len(costs), limits["min_components"]])
     return {"Costs and limits": Table(["cost", *costs, "limit"], whole)}
 
 

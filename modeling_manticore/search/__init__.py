@@ -1,5 +1,6 @@
 """Training hybrids: stages, search strategies, and the Trainer that runs them."""
 
+from .. import load
 from .arguments import ManticoreTrainingArguments
 from .darts import DartsStrategy
 from .dash import DashStrategy
@@ -10,6 +11,8 @@ from .stages import STAGES
 from .strategy import STRATEGIES, SearchStrategy, make_strategy
 from .trainer import ManticoreTrainer
 
+
+load()
 
 __all__ = [
     "STAGES",

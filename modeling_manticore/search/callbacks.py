@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..progress import nobody_watches, progress_bar
 from .history import points_in
 from .search_report import best_choice_of, probability_of, report_of
 
@@ -14,6 +15,41 @@ if TYPE_CHECKING:
 
 
 REPORT_DIR = "report"
+
+
+class TrainingLines(TrainerCallback):
+    """A training's progress as lines with rate, remaining time and the last loss, where nobody watches a terminal."""
+
+    def __init__(self, label: str):
+        self.label, self.bar = label, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress_bar(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            show=state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+        self.bar = None
+
+
+def plain_without_terminal(trainer: "ManticoreTrainer", label: str) -> None:
+    """Lines now and then in place of the Trainer's bars and printed dictionaries, where nobody watches a terminal."""
+    if nobody_watches():
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(TrainingLines(label))
 
 
 class StrategyCallback(TrainerCallback):

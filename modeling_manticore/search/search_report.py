@@ -90,12 +90,13 @@ class SearchReport:
         blocks: for every block `paths` (labels), `components`, `weights` and `entropy` (nats).
         choice: the path of the largest weight in every block; `slices` in words, `probability` the product of its
             weights.
-        limits: cost kind -> hard limit. choice_within_limits: the choice of the largest product that meets them all,
-            None without limits.
+        limits: cost kind -> hard limit, and min_components.
+        choice_within_limits: the choice of the largest product that meets them all, None without limits.
         costs: kind -> expected cost under the mixture weights, and cost of both choices; adapters count as parameters.
         best_evaluation: metric -> the lowest value and its step, of every loss that was evaluated.
         best_checkpoint: whose weights the model has, where `load_best_model_at_end` put them there.
         discretized: what came of it, where the caller discretized: the choice, losses, costs.
+        alone: component -> its own held-out loss (nats) before the search, where the caller measured it.
         course: the mixture weights over time, [{"step", "weights"}]. losses: name -> [[step, nats]].
         candidates: the likeliest choices with probability, costs and whether they are within the limits (None: none).
         config: the supernet's; for its picture, not in the JSON.
@@ -115,6 +116,7 @@ class SearchReport:
     best_evaluation: dict[str, dict[str, float]]
     best_checkpoint: str | None = None
     discretized: dict[str, Any] | None = None
+    alone: dict[str, float] = field(default_factory=dict)
     course: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, list[list[float]]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
@@ -131,7 +133,10 @@ class SearchReport:
             lines.append(f"{b:<6} {block['entropy']:7.3f}  {words}")
         lines.append(f"largest weights: {_commas(self.choice)} ({self.slices}), probability {self.probability:.2g}")
         if self.choice_within_limits is not None:
-            limits = ", ".join(f"{kind} <= {limit:g}" for kind, limit in self.limits.items())
+            limits = ", ".join(
+                f"components >= {limit}" if kind == "min_components" else f"{kind} <= {limit:g}"
+                for kind, limit in self.limits.items()
+            )
             lines.append(f"within the limits ({limits}): {_commas(self.choice_within_limits)}")
         lines.append(
             f"strategy {self.strategy}, {self.steps} steps, {self.effort['tokens'] + self.effort['search_tokens']:,} "
@@ -140,8 +145,20 @@ class SearchReport:
         if self.discretized is not None:
             found = self.discretized
             lines.append(f"kept: {_commas(found['choice'])} ({found['slices']})")
+        return "\n".join(lines + self.loss_lines())
+
+    def loss_lines(self) -> list[str]:
+        """The held-out losses that were measured, the components' own first."""
+        lines = []
+        if self.alone:
+            words = ", ".join(f"{name} {loss:.4f}" for name, loss in self.alone.items())
+            lines.append(f"held-out loss of the components alone, as they came: {words} nats")
+        for name, best in self.best_evaluation.items():
+            lines.append(f"lowest {name} in the search: {best['value']:.4f} nats, after {best['step']:,} steps")
+        if self.discretized is not None and "loss" in self.discretized:
+            found = self.discretized
             lines.append(f"held-out loss: supernet {found['supernet_loss']:.4f}, hybrid {found['loss']:.4f} nats")
-        return "\n".join(lines)
+        return lines
 
     def save(self, folder: str | Path, log_history: list[dict] | None = None) -> None:
         """
@@ -190,7 +207,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
     hybrid, args, state = trainer.hybrid, trainer.args, trainer.state
     points = [point.detach().float().cpu() for point in hybrid.mixture_weights()]
     choice = best_choice_of(hybrid, points, table, None)
-    limits = {} if trainer.budget is None else trainer.budget.limits()
+    limits = {} if trainer.budget is None else trainer.budget.stated()
     within = best_choice_of(hybrid, points, table, trainer.budget) if limits else None
     costs = {"expected": {kind: float(table.terms[kind].expected(points)) for kind in COST_KINDS}}
     costs |= {"choice": table.of(choice)} | ({} if within is None else {"choice_within_limits": table.of(within)})
@@ -234,7 +251,7 @@ def report_of(trainer: "ManticoreTrainer", table: CostTable) -> SearchReport:
         losses={name: thinned(series, 300) for name, series in losses.items()},
         candidates=[
             {"choice": one, "slices": slices_of(hybrid.config, one), "probability": probability_of(points, one)}
-            | {"within_limits": trainer.budget.allows(table.of(one)) if limits else None}
+            | {"within_limits": table.within(one, trainer.budget) if limits else None}
             | table.of(one)
             for one in likeliest(points, usable_paths(hybrid), CANDIDATES)
         ],
@@ -254,7 +271,7 @@ def likeliest(points: list[torch.Tensor], paths: list[list[int]], count: int) ->
 def best_choice_of(hybrid, points: list[torch.Tensor], table: CostTable | None, budget: Budget | None) -> list[int]:
     """What `discretize` would keep: the largest weight in every block; with a budget the largest product within it."""
     paths = usable_paths(hybrid)
-    if budget is None or not budget.limits():
+    if budget is None or not budget.stated():
         return [max(own or range(len(point)), key=point.tolist().__getitem__) for own, point in zip(paths, points)]
     return argmax_under(table, points, budget, paths)
 

@@ -104,7 +104,7 @@ def stitch(
         if math.prod(map(len, paths)) <= limit:
             method = "exhaustive"
             choices = itertools.product(*paths)
-            scorer.score([c for c in choices if budget is None or budget.allows(table.of(c))])
+            scorer.score([c for c in choices if table.within(c, budget)])
         else:
             method = "beam"
             _beam(scorer, table, paths, budget, beam)
@@ -116,7 +116,7 @@ def stitch(
         for choice, loss in scorer.losses.items()
     ]
     owners = path_owners(model.config)
-    limits = {} if budget is None else budget.limits()
+    limits = {} if budget is None else budget.stated()
     report = StitchReport(method, order, keep, table.context, candidates, fits, seconds, owners, limits, model.config)
     report.sort()
     if options is not None:
@@ -189,7 +189,7 @@ def _finish(
     plain = list(prefix)
     while len(plain) < len(paths):
         plain.append(_next(runner, paths, plain))
-    if budget is None or budget.allows(table.of(plain)):
+    if table.within(plain, budget):
         return tuple(plain)
     zeros = zeros_like(table)
     likes = [node.clone() for node in zeros.nodes]

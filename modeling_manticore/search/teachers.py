@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..building.sources import tokens_of
+from ..building.sources import DESCRIPTION_FILES, WEIGHT_FILES, fetched, tokens_of
 from ..building.states import keep_input
 from ..cache_manticore import derive_positions
 from ..slicing_manticore import find_layers
@@ -177,8 +177,10 @@ def load_teacher(where: str, given: Any, hybrid: PreTrainedModel | None = None) 
             f"{where}: got {type(given).__name__}, allowed is a causal language model, a repository or folder, "
             "the index of a component, 'components', a list of models, or the folder of a teacher cache."
         )
+    options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
+    options = fetched(f"{where} ({given})", str(given), options, DESCRIPTION_FILES + WEIGHT_FILES)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(given), revision=revision, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(str(given), use_safetensors=True, **options)
     except (OSError, ValueError, HFValidationError) as error:
         raise ValueError(f"{where}: {str(given)!r} cannot be loaded ({str(error).splitlines()[0]})") from error
 

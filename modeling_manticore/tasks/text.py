@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..building.names import hint
 from .packages import fetch_files, fetch_member, reason_of
 
 
@@ -64,7 +65,9 @@ def corpus(name: str, cache: str | os.PathLike | None = None) -> list[str]:
     if name == "topics":
         return help_topics()
     if not Path(name).exists():
-        raise ValueError(f"texts: got {name!r}, allowed are {', '.join(BUILT_IN)} and .txt, .jsonl files or folders.")
+        raise ValueError(
+            f"texts: got {name!r}, but there is no such file or folder{hint(name)} Built in are {', '.join(BUILT_IN)}."
+        )
     return read_texts(name)
 
 

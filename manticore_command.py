@@ -1,0 +1,19 @@
+"""The console script `manticore`. Help, version and wrong usage are answered before torch or transformers load."""
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    As `modeling_manticore.commands.main`. While this module is imported the package loads its parts when they are
+    first asked for, instead of all at once.
+    """
+    from modeling_manticore.commands import main as run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    import manticore_command  # under its own name, by which the package knows that it is a command
+
+    sys.exit(manticore_command.main())
