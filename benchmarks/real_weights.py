@@ -15,6 +15,7 @@ unit that needs them is missing. A fit that is stopped goes on from its last che
 
 import argparse
 import json
+import math
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -123,10 +124,13 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
     """Losses, shares of the gap, cache and parameters, for each set of layers."""
     losses, table = losses_of(preset, ledger), {}
     for layers in preset.replaced:
-        entry: dict = {"loss": {}, "share": {}, "gain_over_linear": {}}
+        entry: dict = {"loss": {}, "perplexity": {}, "share": {}, "gain_over_linear": {}}
         for stage in STAGES:
             rows = {v: losses[v, () if v == "teacher" else layers, stage] for v in VARIANTS}
             entry["loss"][stage] = {v: {text: summary(x) for text, x in row.items()} for v, row in rows.items()}
+            entry["perplexity"][stage] = {
+                v: {text: summary([math.exp(loss) for loss in row[text]]) for text in TEXTS} for v, row in rows.items()
+            }
             entry["share"][stage] = {
                 v: {t: summary(share_of_gap(rows["dropped"][t], rows[v][t], rows["teacher"][t])) for t in rows[v]}
                 for v in ("linear", "mamba2")
@@ -156,9 +160,10 @@ def report(name: str, preset: Preset, ledger: Ledger) -> dict:
     table = table_of(preset, ledger)
     for layers, entry in table.items():
         for stage in STAGES:
-            print(f"\nlayers {layers}, {stage} the end-to-end step: loss in nats, and the share of the gap")
+            print(f"\nlayers {layers}, {stage} the end-to-end step: perplexity, mean loss in nats, share of the gap")
             for variant in VARIANTS:
-                cells = [f"{text} {shown(entry['loss'][stage][variant][text]['values'])}" for text in (*TEXTS, "all")]
+                cells = [f"{text} {shown(entry['perplexity'][stage][variant][text]['values'])}" for text in TEXTS]
+                cells += [f"loss {shown(entry['loss'][stage][variant]['all']['values'])}"]
                 share = entry["share"][stage].get(variant)
                 cells += [f"share {shown(share['all']['values'])}"] if share else []
                 print(f"  {variant:8} " + "  ".join(cells))

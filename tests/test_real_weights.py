@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 import tarfile
 import zipfile
@@ -253,6 +254,9 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
     loss = {v: entry["loss"]["after"][v]["all"]["values"] for v in ("teacher", "dropped", "mamba2")}
     expected = [(d - m) / (d - t) for t, d, m in zip(*loss.values())]
     assert entry["share"]["after"]["mamba2"]["all"]["values"] == pytest.approx(expected)
+    assert entry["perplexity"]["before"]["teacher"]["new"]["mean"] == pytest.approx(
+        math.exp(entry["loss"]["before"]["teacher"]["new"]["mean"])
+    )
     linear = entry["loss"]["after"]["linear"]["all"]["values"]
     gain = entry["gain_over_linear"]["after"]["all"]
     assert gain["values"] == pytest.approx([x - y for x, y in zip(linear, loss["mamba2"])])
