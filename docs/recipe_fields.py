@@ -99,6 +99,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "max_parameters": "of the hybrid",
         "max_cache_bytes_per_token": "by which the cache grows with every token",
         "max_flops_per_token": "multiplications and additions a token",
+        "min_components": "of which at least one path is kept",
     },
     "FinetuneRecipe": {
         "texts": f"what is trained on: {TEXTS}",
@@ -133,6 +134,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "limits": "what it should not be used for",
         "license": "of the hybrid, where the components' leave a choice",
         "license_reason": "why it may have that one",
+        "allow_local_sources": "push although components are local folders, which nobody else can load",
         "language": "languages, as two letters",
         "tags": "further tags of the card",
         "datasets": "data sets of the Hub that it was trained on",
