@@ -91,6 +91,7 @@ EXTRAS = {
     "ecosystem": "the libraries below that a hybrid runs in",
     "space": "to run a Space on your own machine",
     "docs": "`make docs`",
+    "bench": "what some benchmarks compare with",
     "dev": "`make test`",
 }  # what each extra of pyproject.toml is for
 
