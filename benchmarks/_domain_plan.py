@@ -30,7 +30,7 @@ class Setting:
     domains: dict[str, list[str]] = field(
         default_factory=lambda: {"prose": ["bible", "shakespeare"], "code": ["python"]}
     )
-    characters: int = 5_500_000
+    characters: int = 10_000_000
     vocabulary: int = 2048
     length: int = 128
     test_documents: int = 64

@@ -181,6 +181,9 @@ class Report:
                 cells = [shown(row[domain]["bits_per_byte"]) for domain in self.domains]
                 less = shown(found["difference"][pair][name][MIXTURE]["bits_per_byte"])
                 lines.append(f"{name:<40}" + "".join(f"{cell:>18}" for cell in cells) + f"{less:>20}")
+            grid = self.plan.setting.rates
+            edge = [name for name, rate in found["rates"][pair].items() if rate in (min(grid), max(grid))]
+            lines.append(f"learning rate at the end of the grid, so that a wider one might be better: {edge}")
             choices = {seed: "".join(map(str, own["choice"])) for seed, own in found["searches"][pair].items()}
             lines.append(f"choices by seed: {choices}; better component: {found['better_component'][pair]}")
         return "\n".join(lines)

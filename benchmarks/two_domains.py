@@ -11,10 +11,11 @@ them, without any or with twice the tokens, the mean of both components' probabi
 with exactly the hybrid's parameters, trained from scratch on both domains with as many tokens as a component and its
 further ones.
 
-Learning rates are compared on search rows of the first seed, by model. Bits per byte and nats a token on test
-documents of prose, of code, and their mean (the mixture). The better component is chosen on search rows in every seed.
-Differences are paired by seed, with Student's interval, and a sign-flip p where there are six; the bootstrap over
-documents of every run stands beside it.
+Learning rates are compared on search rows of the first seed, by model, and the best goes on to the others (halving
+itself trains at the middle of the grid). Bits per byte and nats a token on test documents of prose, of code,
+and their mean (the mixture). The better component is chosen on search rows in every seed. Differences are paired by
+seed, with Student's interval, and a sign-flip p where there are six; the bootstrap over documents of every run stands
+beside it.
 
 Finished units are kept in the cache folder and in `results/two_domains.jsonl`; a start reads both and goes on.
 """

@@ -160,6 +160,23 @@ def test_number_claims_read_a_json_file(tmp_path):
     for value, holds in ((0.01, True), (0.03, False)):
         (tmp_path / "other.json").write_text(json.dumps({"table": [{"mean": value}]}))
         assert judged(experiment, {"memorization": GOOD, "compression": GOOD}, **claim).holds is holds
+        assert judged(experiment, {"memorization": GOOD, "compression": GOOD}, **claim).measured.startswith(
+            f"{value} ("
+        )
+    row = {"mean": -0.2, "half_width": 0.15, "low": -0.35, "high": -0.05}
+    (tmp_path / "other.json").write_text(json.dumps({"table": [row]}))
+    for key, holds, shown in (
+        ("mean", True, "-0.2 ± 0.15 (needed: at most -0.04)"),
+        ("high", True, "-0.2 ± 0.15, upper end -0.05 (needed: at most -0.04)"),
+        ("low", True, "-0.2 ± 0.15, lower end -0.35 (needed: at most -0.04)"),
+        ("half_width", False, "0.15 (needed: at most -0.04)"),
+    ):
+        verdict = judged(
+            experiment,
+            {"memorization": GOOD, "compression": GOOD},
+            **claim | {"path": f"table/0/{key}", "at_most": -0.04},
+        )
+        assert (verdict.holds, verdict.measured) == (holds, shown)
     with pytest.raises(ValueError, match="there is no 'table/7/mean'"):
         judged(experiment, {"memorization": GOOD, "compression": GOOD}, **claim | {"path": "table/7/mean"})
 

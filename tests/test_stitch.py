@@ -233,6 +233,9 @@ def test_bad_texts_and_models():
         stitch(model, CALIBRATION[:0], SCORED, progress=False)
     with pytest.raises(ValueError, match="model: got a discretized hybrid"):
         stitch(discretize(model, [0, 1]), CALIBRATION, SCORED, progress=False)
-    for options in ({"tokens": 0}, {"learning_rate": -1.0}, {"seed": 1.5}, {"warmup": 1.0}):
+    for options in (
+        *({"tokens": 0}, {"learning_rate": -1.0}, {"seed": 1.5}, {"warmup": 1.0}),
+        *({"rungs": ()}, {"rungs": ((1.5, 0.05),)}, {"rungs": ((0.5,),)}),
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             HalvingOptions(**options)
