@@ -38,6 +38,7 @@ class Shape:
     wide_contexts: tuple = (256, 1024)  # of 16 rows
     state_contexts: tuple = (256, 1024, 4096, 16_384)
     is_bounded: bool = True  # whether bounds are promised for it
+    blocks: int = 4  # of a supernet
     steps: int = 64  # tokens that a decoding is averaged over
 
     def attention(self, layers: int | None = None) -> GPTNeoXConfig:
@@ -137,10 +138,10 @@ def two_states(shape: Shape) -> Pair:
     return Pair(hybrid, components[0], 2, has_attention=False, is_same=False)
 
 
-def supernet(shape: Shape, blocks: int = 4) -> tuple[PreTrainedModel, list[PreTrainedModel]]:
-    """A supernet of a Transformer and a state-space model, and the two."""
+def supernet(shape: Shape, blocks: int | None = None) -> tuple[PreTrainedModel, list[PreTrainedModel]]:
+    """A supernet of a Transformer and a state-space model, of the shape's number of blocks or another; and the two."""
     components = [make(shape.attention()), make(shape.state(), seed=1)]
-    return ManticoreForCausalLM.from_components(components, num_blocks=blocks), components
+    return ManticoreForCausalLM.from_components(components, num_blocks=blocks or shape.blocks), components
 
 
 class PlainLoop(nn.Module):

@@ -8,7 +8,16 @@ import pytest
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import _speed_parallel  # noqa: E402
+import _speed_profile  # noqa: E402
 import speed  # noqa: E402
+from _speed_forward import Settings  # noqa: E402
+from _speed_shapes import Shape  # noqa: E402
+
+
+LEAST = Shape("least", 32, 4, 64, 1, 24, contexts=(16,), wide_contexts=(16,), blocks=2, steps=4)
+ONCE = Settings(seconds=0, fewest=2)
+IN_TEST_SPEED = ("discretized forward", "supernet forward", "supernet training", "decode of states")
 
 
 def row(ratio: float, **more) -> dict:
@@ -92,3 +101,61 @@ def test_bad_options_are_refused(bench, arguments, capsys):
     with pytest.raises(SystemExit):
         bench(*arguments)
     assert bench.calls == [] and f"{arguments[0]}: " in capsys.readouterr().err
+
+
+class TestMeasures:
+    """Each on a shape that says nothing of speed."""
+
+    def rows(self, measure) -> list[dict]:
+        """The rows of a measure, which must be JSON and have names of their own."""
+        rows = json.loads(json.dumps(measure(LEAST, ONCE)))
+        assert rows and len({row["name"] for row in rows}) == len(rows)
+        for found in rows:
+            if "ratio" in found:
+                assert found["interval"][0] <= found["ratio"] <= found["interval"][1]
+                assert found["ratio"] > 0 and found["rounds"] == 2
+        return rows
+
+    def test_decode_has_both_batches_and_the_fixed_cost(self):
+        rows = self.rows(speed.MEASURES["decode"])
+        assert {"decode, one slice, batch 16, 16", "decode, one-layer slices, batch 1, 16"} < {r["name"] for r in rows}
+        for found in rows:
+            extra = found["milliseconds_per_token"] - found["native_milliseconds_per_token"]
+            slices = {"one slice": 1, "half and half": 2, "one-layer slices": 4}[found["name"].split(", ")[1]]
+            assert found["extra_milliseconds_per_token_and_slice"] == pytest.approx(extra / slices)
+
+    def test_prefill_and_stitch_are_bounded(self):
+        assert len(self.rows(speed.MEASURES["prefill"])) == 3
+        (found,) = self.rows(speed.MEASURES["stitch"])
+        assert found["candidates"] == 8 and found["bound"] == 1.2
+
+    @pytest.mark.parametrize("name", ["calibration", "hooks training", "hooks generation"])
+    def test_others_are_reported_without_a_bound(self, name, monkeypatch):
+        monkeypatch.setattr(_speed_parallel, "GENERATED", 8)
+        (found,) = self.rows(speed.MEASURES[name])
+        assert "bound" not in found
+
+    def test_profiles_are_small_tables(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(_speed_profile, "FOLDER", tmp_path)
+        rows = self.rows(speed.MEASURES["profiles"])
+        for found in rows:
+            table = (tmp_path / found["file"]).read_text()
+            assert "aten::" in table and "Self CPU" in table and len(table) < 10_000
+            assert found["operators"] > 20 and found["milliseconds"] > 0
+
+    def test_data_generation_needs_no_shape(self):
+        rows = speed.WITHOUT_SHAPE["data generation"](ONCE)
+        assert [found["milliseconds_of_1000_rows"] > 0 for found in rows] == [True] * 4
+
+    @pytest.mark.slow
+    def test_loading_compares_the_same_bytes(self):
+        rows = {found["name"]: found for found in self.rows(speed.MEASURES["loading"])}
+        sizes = rows["first load, one slice"]["bytes"]
+        assert sizes["measured"] == sizes["reference"] > 0
+        assert rows["peak memory, one slice"]["peak_bytes"] > sizes["measured"] / 2
+        assert rows["load again, half and half"]["bound"] == 1.15
+
+    def test_every_measure_is_tried(self):
+        reported = {"calibration", "hooks training", "hooks generation", "profiles"}
+        tried = reported | {"decode", "prefill", "stitch", "loading"}
+        assert tried | set(IN_TEST_SPEED) == set(speed.MEASURES)
