@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _real_weights_models import mamba_layers
+from _real_weights_models import mamba_layers, start_from_attention
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -30,6 +30,7 @@ class FitOptions:
     Args:
         tokens: read of the training rows, each once. rows_per_step: rows of a step.
         state: entries of a Mamba-2 head's state per channel. seed: of the initialisation.
+        like_attention: the mixers have the attention's shape and start from its weights.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class FitOptions:
     learning_rate: float = 2e-3
     state: int = 64
     seed: int = 0
+    like_attention: bool = True
 
 
 class OutOfTime(Exception):
@@ -82,7 +84,10 @@ class MixerFit:
     def __init__(self, teacher: PreTrainedModel, layers: list[int], options: FitOptions, folder: Path):
         self.options, self.layers, self.folder = options, sorted(layers), folder
         torch.manual_seed(options.seed)
-        donor = mamba_layers(teacher, len(layers), options.state)
+        donor = mamba_layers(teacher, len(layers), options.state, like_attention=options.like_attention)
+        for layer, own in zip(self.layers, donor.model.layers):
+            if options.like_attention:
+                start_from_attention(own.mamba, teacher.model.layers[layer].self_attn)
         self.mixers = nn.ModuleDict(
             {str(layer): own.mamba.train() for layer, own in zip(self.layers, donor.model.layers)}
         )

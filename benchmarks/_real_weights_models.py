@@ -37,14 +37,18 @@ def dropped(teacher: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     return ManticoreForCausalLM.from_components([teacher], blocks=blocks)
 
 
-def mamba_layers(teacher: PreTrainedModel, count: int, state: int, chunk: int = 64) -> PreTrainedModel:
+def mamba_layers(
+    teacher: PreTrainedModel, count: int, state: int, chunk: int = 64, like_attention: bool = False
+) -> PreTrainedModel:
     """
     A language model of `count` + 1 layers of the teacher's sizes with a fresh Mamba-2 in each (the last is not used: a
     model's last layer would bring its final norm). Time steps start log-uniform in [0.001, 0.1] and decays uniform in
-    [1, 16], as in the Mamba-2 paper (arXiv 2405.21060).
+    [1, 16], as in the Mamba-2 paper (arXiv 2405.21060). `like_attention` gives it the shape of the teacher's attention
+    in place of twice the width: as many heads and groups as queries, biases, and `state` has to be the head's width.
     """
     given = teacher.config
-    heads = 2 * given.hidden_size // given.head_dim
+    expand = 1 if like_attention else 2
+    heads = expand * given.hidden_size // given.head_dim
     config = GraniteMoeHybridConfig(
         vocab_size=given.vocab_size,
         hidden_size=given.hidden_size,
@@ -59,6 +63,9 @@ def mamba_layers(teacher: PreTrainedModel, count: int, state: int, chunk: int = 
         mamba_n_heads=heads,
         mamba_d_head=given.head_dim,
         mamba_d_state=state,
+        mamba_expand=expand,
+        mamba_n_groups=heads if like_attention else 1,
+        mamba_proj_bias=like_attention,
         mamba_chunk_size=chunk,
         tie_word_embeddings=True,
         **{key: getattr(given, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
@@ -83,11 +90,50 @@ def give_own_parts(layer: torch.nn.Module, original: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def with_mamba(teacher: PreTrainedModel, mixers: dict[int, dict[str, torch.Tensor]], state: int) -> PreTrainedModel:
+def start_from_attention(mixer: torch.nn.Module, attention: torch.nn.Module) -> None:
+    """
+    Copy queries to C, keys to B, values to x and the output projection, as in "The Mamba in the Llama" (arXiv
+    2408.15237): without its gate, convolution and decay a Mamba-2 is linear attention. The gate starts almost constant
+    (SiLU of 1.278 is 1) and the convolution almost at the token itself.
+
+    Raises:
+        ValueError: the mixer was not made with `like_attention`, or its state has not the width of a head.
+    """
+    width, state = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
+    if attention.q_proj.weight.shape[0] != width or state != width or not mixer.use_bias:
+        raise ValueError(f"state: got {mixer.ssm_state_size}, allowed is the width of a head of the attention.")
+    groups = attention.num_key_value_groups
+
+    def for_queries(weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(-1, attention.head_dim, weight.shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
+
+    scale = attention.head_dim**-0.5
+    rows, bias = mixer.in_proj.weight, mixer.in_proj.bias
+    rows[:width] *= 0.1
+    rows[width : 2 * width] = for_queries(attention.v_proj.weight)
+    rows[2 * width : 3 * width] = scale * for_queries(attention.k_proj.weight)
+    rows[3 * width : 4 * width] = scale * attention.q_proj.weight
+    bias.zero_()
+    bias[:width] = 1.278
+    mixer.conv1d.weight *= 0.1
+    mixer.conv1d.weight[..., -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    mixer.norm.weight.fill_(0.1)
+    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    mixer.out_proj.bias.zero_()
+
+
+@torch.no_grad()
+def with_mamba(
+    teacher: PreTrainedModel,
+    mixers: dict[int, dict[str, torch.Tensor]],
+    state: int,
+    like_attention: bool = False,
+) -> PreTrainedModel:
     """The teacher with Mamba-2 mixers (layer -> state dictionary) in place of the attention of these layers."""
     layers, depth = sorted(mixers), teacher.config.num_hidden_layers
     check_layers(depth, layers)
-    donor = mamba_layers(teacher, len(layers), state)
+    donor = mamba_layers(teacher, len(layers), state, like_attention=like_attention)
     for own, layer in zip(donor.model.layers, layers):
         give_own_parts(own, teacher.model.layers[layer])
         own.mamba.load_state_dict(mixers[layer])

@@ -49,6 +49,7 @@ class Preset:
     fit_rows_per_step: int = 4
     fit_learning_rate: float = 2e-3
     state: int = 64
+    like_attention: bool = True
 
     @property
     def fit_layers(self) -> list[int]:
@@ -58,7 +59,8 @@ class Preset:
     @property
     def fit(self) -> FitOptions:
         """How the mixers are fitted."""
-        return FitOptions(self.fit_tokens, self.fit_rows_per_step, self.fit_learning_rate, self.state)
+        rates = self.fit_rows_per_step, self.fit_learning_rate
+        return FitOptions(self.fit_tokens, *rates, self.state, like_attention=self.like_attention)
 
 
 PRESETS = {
@@ -85,7 +87,7 @@ class Unit:
         given = asdict(preset)
         names = ["length"]
         if self.kind == "fit" or self.variant == "mamba2":
-            names += ["fit_tokens", "fit_rows_per_step", "fit_learning_rate", "state"]
+            names += ["fit_tokens", "fit_rows_per_step", "fit_learning_rate", "state", "like_attention"]
         names += ["linear_tokens"] * (self.variant == "linear") + ["test_tokens"] * (self.kind != "fit")
         names += ["train_tokens", "rows_per_step", "learning_rate"] * (self.kind == "train")
         layers = preset.fit_layers if self.kind == "fit" else list(self.layers)
@@ -159,7 +161,7 @@ class Bench:
             return teacher
         if variant == "mamba2":
             mixers = fitted(self.fit_folder(), layers)
-            return freeze_bridges(with_mamba(teacher, mixers, self.preset.state))
+            return freeze_bridges(with_mamba(teacher, mixers, self.preset.state, self.preset.like_attention))
         model = dropped(teacher, layers)
         return freeze_bridges(model) if variant == "dropped" else self._give_maps(model, teacher)
 

@@ -124,13 +124,17 @@ def _inputs_and_outputs(teacher, rows, layer):
     return result, found[0]
 
 
-@pytest.mark.parametrize("layers", [[3], [1, 2, 4]])
-def test_a_mamba_replaces_the_attention_and_nothing_else(parts, teacher, ids, layers):
+@pytest.mark.parametrize("layers, alike", [([3], True), ([1, 2, 4], False)])
+def test_a_mamba_replaces_the_attention_and_nothing_else(parts, teacher, ids, layers, alike):
     models = parts["_real_weights_models"]
     torch.manual_seed(2)
-    donor = models.mamba_layers(teacher, len(layers), state=8, chunk=8)
+    donor = models.mamba_layers(teacher, len(layers), state=8, chunk=8, like_attention=alike)
     mixers = {layer: own.mamba for layer, own in zip(layers, donor.model.layers)}
-    model = models.with_mamba(teacher, {layer: mixer.state_dict() for layer, mixer in mixers.items()}, state=8)
+    for layer, mixer in mixers.items():
+        if alike:
+            models.start_from_attention(mixer, teacher.model.layers[layer].self_attn)
+    states = {layer: mixer.state_dict() for layer, mixer in mixers.items()}
+    model = models.with_mamba(teacher, states, state=8, like_attention=alike)
     expected = logits_with(teacher, ids, attention_output=mixers)
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(expected, logits(teacher, ids), atol=1e-2)
@@ -150,6 +154,23 @@ def test_a_mixer_that_gives_what_the_attention_gives_makes_the_teacher(parts, te
     replaced = model.model.blocks[1].paths[0].slice.layers[0].mamba
     replaced.register_forward_hook(lambda m, args, out: found[0])
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_start_from_attention_keeps_queries_keys_and_values(parts, teacher):
+    models = parts["_real_weights_models"]
+    mixer = models.mamba_layers(teacher, 1, state=8, like_attention=True).model.layers[0].mamba
+    attention = teacher.model.layers[3].self_attn
+    models.start_from_attention(mixer, attention)
+    with torch.no_grad():
+        x = torch.randn(1, 5, 32)
+        _, value, key, query, _ = mixer.in_proj(x).split([32, 32, 32, 32, 4], dim=-1)
+        torch.testing.assert_close(query, attention.q_proj(x) / 8**0.5)
+        for found, own in ((value, attention.v_proj(x)), (key, attention.k_proj(x) / 8**0.5)):
+            heads = own.view(1, 5, 2, 8)
+            torch.testing.assert_close(found.view(1, 5, 4, 8), heads[:, :, [0, 0, 1, 1]])
+    other = models.mamba_layers(teacher, 1, state=4, like_attention=True).model.layers[0].mamba
+    with pytest.raises(ValueError, match="state: got 4, allowed is the width of a head of the attention"):
+        models.start_from_attention(other, attention)
 
 
 @pytest.mark.parametrize("layers", [[], [0], [DEPTH - 1], [2, 2]])
@@ -201,12 +222,13 @@ def test_a_stopped_fit_goes_on_where_it_was(parts, teacher, tmp_path):
     assert not list(stopped.fit_folder().glob("*unfinished*"))
 
 
-def test_a_fit_learns_and_refuses_more_tokens_than_there_are(parts, teacher, tmp_path):
-    bench = _bench(parts, teacher, tmp_path)
+@pytest.mark.parametrize("alike, margin", [(False, 0.05), (True, 0.0)])
+def test_a_fit_learns_and_refuses_more_tokens_than_there_are(parts, teacher, tmp_path, alike, margin):
+    bench = _bench(parts, teacher, tmp_path, like_attention=alike)
     untrained = parts["_real_weights_fit"].MixerFit(bench.teacher(), [1, 3], bench.preset.fit, tmp_path / "other")
     before = untrained.explained(bench.rows["search"])
     after = bench.fit(lambda: False)["explained"]
-    assert all(after[layer] > before[layer] + 0.05 for layer in ("1", "3"))
+    assert all(after[layer] > before[layer] + margin for layer in ("1", "3")), (before, after)
     greedy = _bench(parts, teacher, tmp_path / "greedy", fit_tokens=65 * LENGTH)
     with pytest.raises(ValueError, match="fit_tokens: got 1,040, allowed are at most the 1,024"):
         greedy.fit(lambda: False)
