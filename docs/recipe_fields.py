@@ -99,7 +99,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "max_parameters": "of the hybrid",
         "max_cache_bytes_per_token": "by which the cache grows with every token",
         "max_flops_per_token": "multiplications and additions a token",
-        "min_components": "of which at least one path is kept",
+        "min_components": "paths of at least so many components; 2 forbids one component alone",
     },
     "FinetuneRecipe": {
         "texts": f"what is trained on: {TEXTS}",
@@ -134,7 +134,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "limits": "what it should not be used for",
         "license": "of the hybrid, where the components' leave a choice",
         "license_reason": "why it may have that one",
-        "allow_local_sources": "push although components are local folders, which nobody else can load",
+        "allow_local_sources": "push with `local` in place of local paths, which are otherwise refused",
         "language": "languages, as two letters",
         "tags": "further tags of the card",
         "datasets": "data sets of the Hub that it was trained on",

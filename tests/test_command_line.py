@@ -93,19 +93,15 @@ def test_help_version_and_wrong_usage_come_before_anything_heavy(case, tmp_path)
 
 def test_a_command_loads_the_package_when_it_needs_it(folders, tmp_path):
     """Classes are registered although the command did not import them at once, and models load without bars."""
-    words = ["describe", str(folders / "supernet"), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "manticore_command", *words], capture_output=True, text=True, check=True
+    run = (
+        "import sys, manticore_command, modeling_manticore as m\n"
+        "code = manticore_command.main(sys.argv[1:])\n"
+        "print('names:', m.discretize.__name__, 'stitch' in dir(m), code)"
     )
-    assert json.loads(done.stdout)["model"] == str(folders / "supernet")
-    run = "import manticore_command, modeling_manticore as m; print(m.discretize.__name__, 'torch' in vars(m), dir(m))"
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("discretize") and "stitch" in done.stdout
     words = ["evaluate", *options(model=folders / "supernet", texts=folders / "text.txt", rows=2, row_length=16)]
-    done = subprocess.run(
-        [sys.executable, "-m", "manticore_command", *words], capture_output=True, text=True, check=True
-    )
-    assert "perplexity" in done.stdout and "\r" not in done.stderr and "%|" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", run, *words], capture_output=True, text=True, check=True)
+    assert "perplexity" in done.stdout and done.stdout.splitlines()[-1] == "names: discretize True 0"
+    assert "\r" not in done.stderr and "%|" not in done.stderr
 
 
 def test_the_general_help_tells_codes_and_resuming():
@@ -274,6 +270,7 @@ def test_bash_completes(scripts, tmp_path):
         'complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _manticore; '
         'printf "%s|" "${COMPREPLY[@]}"; echo; }\n'
         "complete_words manticore d\ncomplete_words manticore search --hal\ncomplete_words manticore build my\n"
+        "complete_words manticore search --min\ncomplete_words manticore build --allow\ncomplete_words manticore --v\n"
         "complete_words manticore train --resume\n"
     )
     done = subprocess.run(
@@ -282,7 +279,8 @@ def test_bash_completes(scripts, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "demo|discretize|describe|" and done.stderr == ""
     assert lines[1] == "--halving|--halving_tokens|--halving_learning_rate|"
-    assert "my" in lines[2] and "--resume_from_checkpoint" in lines[3]
+    assert "my" in lines[2] and lines[3:6] == ["--min_components|", "--allow_local_sources|", "--version|"]
+    assert "--resume_from_checkpoint" in lines[6]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -45,7 +45,7 @@ def _bash(flags: dict[str, dict[str, str]]) -> str:
     return f"""_manticore() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" flags=""
   if [ "$COMP_CWORD" -eq 1 ]; then
-    COMPREPLY=($(compgen -W "{" ".join(flags)} --help" -- "$word"))
+    COMPREPLY=($(compgen -W "{" ".join(flags)} --help --version" -- "$word"))
     return
   fi
   case "${{COMP_WORDS[1]}}" in

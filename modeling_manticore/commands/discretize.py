@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> None:
 
     folder = check_output(options.output_folder)
     model = load_hybrid(options.model)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, field="model")
     rows = None
     if options.calibration_texts:
         rows = rows_of(

@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     from ..search.stitch_report import write_json
     from .models import load_model, load_tokenizer, measure, rows_of
 
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    tokenizer = load_tokenizer(options.tokenizer or options.model, field="tokenizer" if options.tokenizer else "model")
     texts = {
         name: rows_of([name], tokenizer, options.row_length, options.rows, options.cache_folder)
         for name in options.texts

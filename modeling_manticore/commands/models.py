@@ -48,15 +48,15 @@ def load_hybrid(name: str) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None, field: str = "tokenizer") -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a folder or repository.
+    The tokenizer of a folder or repository, which the user named in a field.
 
     Raises:
         ValueError: there is none.
     """
     options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
-    options = fetched(f"tokenizer ({name})", name, options, DESCRIPTION_FILES)
+    options = fetched(f"{field} ({name})", name, options, DESCRIPTION_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -176,7 +176,9 @@ def run(arguments: list[str]) -> None:
     if options.strategy in GRADIENT:
         training = arguments_of(options.strategy, gradient, folder, options.batch_size)
         check_search_texts(training, gradient.search_texts)
-    tokenizer = load_tokenizer(options.model or options.components[0])
+    tokenizer = load_tokenizer(
+        options.model or options.components[0], field="model" if options.model else "components[0]"
+    )
     model = _supernet(options)
     rows, scored = _texts(options, gradient, tokenizer)
     search = Search(

@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> None:
 
     folder = check_output(training.output_dir)
     model = load_hybrid(options.model)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, field="model")
     parts = [
         rows_of([name], tokenizer, options.row_length, options.rows, options.cache_folder)
         for name in options.train_texts

