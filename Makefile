@@ -7,6 +7,7 @@ READY_TO_TEST := $(VENV)/.ready-to-test
 READY_TO_DOCUMENT := $(VENV)/.ready-to-document
 BENCHMARKS := $(notdir $(basename $(wildcard benchmarks/experiments/*.yaml benchmarks/[a-z]*.py)))
 export OMP_WAIT_POLICY := PASSIVE
+export MANTICORE_SCREENSHOTS ?= $(CURDIR)/build/screenshots
 
 .PHONY: demo test wheel docs readme lint format bench bench-speed clean
 

@@ -85,7 +85,8 @@ def test_from_components_to_a_measured_hybrid_and_again(folder, capsys):
     assert 0 < results["texts"]["held-out.txt"]["loss"] < 20
     weights = load_file(place / "model.safetensors")
     page = (folder / "runs/tiny/report.html").read_text()
-    for told in ("Build of tiny", "Candidates in the supernet", "The hybrid"):
+    loss = f"<dt>loss on held-out.txt</dt><dd>{results['texts']['held-out.txt']['loss']:.4f} nats</dd>"
+    for told in ("Build of tiny", "Candidates in the supernet", "The hybrid", loss):
         assert told in page
     assert all(f"<td>{stage}</td>" in page for stage in RUN) and "held-out.txt" in page and "picture1-box-0-0" in page
 

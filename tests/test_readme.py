@@ -6,6 +6,7 @@ import sys
 
 import made_reports
 import pytest
+import yaml
 from snippets import ROOT, blocks_of
 
 from modeling_manticore.hub import picture
@@ -89,6 +90,18 @@ def test_what_a_reader_with_ten_minutes_finds():
     assert TEXT.count("\n![") == 1 and len(TEXT.split("\n\n")[1].split(". ")) == 3  # one picture, three sentences
     for name in ("vLLM", "llama.cpp, GGUF", "Ollama", "TGI"):
         assert re.search(rf"^\| {re.escape(name)} \| .{{10,}} \|$", TEXT, re.MULTILINE)
+
+
+def test_how_to_cite():
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"cff-version", "message", "title", "abstract", "authors", "version", "license", "keywords"} <= set(told)
+    assert f'version = "{told["version"]}"' in project and f'license = "{told["license"]}"' in project
+    (paper,) = told["references"]
+    entry = next(block.code for block in blocks_of(TEXT) if block.language == "bibtex")
+    assert paper["title"].replace("MAD", "{MAD}") in entry and f"{{{paper['year']}}}" in entry
+    assert all(author["family-names"] in entry and author["given-names"] in entry for author in paper["authors"])
+    assert paper["identifiers"][0]["value"].removeprefix("arXiv:") in entry and len(paper["authors"]) == 8
 
 
 def test_every_picture_comes_from_one_function(monkeypatch, tmp_path):

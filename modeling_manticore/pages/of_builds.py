@@ -64,7 +64,8 @@ def _add_search(page: Page, folder: Path) -> None:
         page.charts = {f"Search: {title.lower()}": chart for title, chart in found.charts.items()}
         page.fronts, page.candidates, page.candidates_note = found.fronts, found.candidates, found.candidates_note
         page.tables = found.tables | page.tables
-        page.facts = page.facts | {f"search: {key}": value for key, value in found.facts.items()}
+        told = {key: value for key, value in found.facts.items() if not key.startswith("seconds")}  # of a stage below
+        page.facts = page.facts | {f"search: {key}": value for key, value in told.items()}
         page.sources = [f"search/report/{name}"]
 
 
@@ -80,7 +81,10 @@ def _add_results(page: Page, folder: Path) -> None:
     file = folder / "evaluate" / "results.json"
     if file.is_file():
         columns = ["text", "loss", "perplexity", "accuracy", "tokens"]
-        rows = [[text, *(found[name] for name in columns[1:])] for text, found in _read(file)["texts"].items()]
+        measured = _read(file)["texts"]
+        rows = [[text, *(found[name] for name in columns[1:])] for text, found in measured.items()]
+        losses = {f"loss on {text}": f"{found['loss']:.4f} nats" for text, found in measured.items()}
+        page.facts = losses | dict(page.facts)
         page.tables = {"Evaluation": Table(columns, rows, {"perplexity": ",.2f"})} | page.tables
         page.sources = [*page.sources, "evaluate/results.json"]
 

@@ -223,7 +223,7 @@ def components_table(config: Any) -> Table | None:
     if config is None:
         return None
     rows = [
-        [c["name"], c["family"], c["layers"], c["width"], c["used"], c["revision"]]
+        [c["name"], c["family"], c["layers"], c["width"], c["used"] or "none", c["revision"]]
         for c in architecture(config)["components"]
     ]
     return Table(["component", "family", "layers", "width", "layers used", "revision"], rows)

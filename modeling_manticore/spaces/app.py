@@ -108,9 +108,13 @@ def build():
         button = gradio.Button("Write on", variant="primary", elem_id="write")
         with gradio.Row():
             boxes = [
-                gradio.Textbox(label=entry["name"], lines=8, interactive=False, elem_id=f"answer{index}")
+                gradio.Textbox(
+                    label=entry["name"], lines=6, interactive=False, visible=index == 0, elem_id=f"answer{index}"
+                )
                 for index, entry in enumerate(MODELS)
             ]
+        if boxes[1:]:
+            compare.change(lambda wanted: [gradio.update(visible=wanted) for _ in boxes[1:]], compare, boxes[1:])
         for event in (button.click, prompt.submit):
             event(run, [prompt, compare, tokens, temperature], boxes)
     return page
