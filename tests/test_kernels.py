@@ -119,7 +119,7 @@ class TestOnCuda:
         again = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=False)
         assert torch.equal(kept, again)
 
-    @pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="it needs mamba-ssm")
+    @pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="it needs a CUDA device and mamba-ssm")
     @pytest.mark.parametrize("family", ["mamba", "mamba2"])
     def test_kernels_equal_the_uncut_model(self, family):
         alone = component(family, 0).cuda()
@@ -128,7 +128,7 @@ class TestOnCuda:
         with torch.no_grad():
             assert torch.equal(model(tokens().cuda()).logits, alone(tokens().cuda()).logits)
 
-    @pytest.mark.skipif(find_spec("flash_attn") is None, reason="it needs flash-attn")
+    @pytest.mark.skipif(find_spec("flash_attn") is None, reason="it needs a CUDA device and flash-attn")
     def test_flash_attention_equals_sdpa(self):
         model = hybrid("llama", "mamba2").cuda().bfloat16()
         with torch.no_grad():
