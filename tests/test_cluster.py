@@ -156,6 +156,14 @@ def test_of_a_recipe(recipe, capsys):
     assert "training the" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_page_is_what_the_command_prints(capsys):
+    page = (ACCELERATE.parent / "howto" / "cluster.md").read_text()
+    assert main(["plan", str(ACCELERATE / "seven-and-seven.yaml"), "--gpus", "1", "8", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert f"```text\n{printed[printed.index('  training the supernet') :]}```" in page
+
+
 @pytest.mark.parametrize("words", [("--gpus", "0"), ("--gpus", "8", "--batch_size", "0"), ("--row_length", "0")])
 def test_bad_questions(recipe, words, capsys):
     assert main(["plan", str(recipe), *words]) == 2
