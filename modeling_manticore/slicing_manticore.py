@@ -313,9 +313,10 @@ class ShapesOnly(TorchFunctionMode):
     """Modules built on meta inside are not initialised: there are no values to set."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == nn.init.__name__ and (args or kwargs.get("tensor") is not None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__ and (args or "tensor" in kwargs):
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs or {})
+        return function(*args, **kwargs)
 
 
 class OutsideLoops:
