@@ -310,7 +310,7 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Modules built on meta inside are not initialised: there are no values to set."""
+    """Modules built on meta inside are not initialised by what `torch.nn.init` lets others do: there are no values."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -101,5 +101,5 @@ def test_a_layer_is_copied_for_all_views_but_its_last():
 def test_nothing_is_initialised_where_only_shapes_count():
     with torch.device("cpu"), ShapesOnly():
         weight = torch.zeros(4, 4)
-        assert nn.init.normal_(weight) is weight and nn.init.ones_(tensor=weight) is weight
+        assert nn.init.normal_(weight) is weight and nn.init.constant_(weight, 1.0) is weight
     assert not weight.any() and nn.init.ones_(weight).all()
