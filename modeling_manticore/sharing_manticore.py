@@ -72,11 +72,13 @@ class SliceLayers(nn.ModuleList):
     """The layers of a view under their own indices; a walk that a lean forward starts meets only those kept."""
 
     def __iter__(self):
-        return iter(self[:])
+        return iter(self._modules.values()) if torch.compiler.is_compiling() else iter(self[:])
 
     def __getitem__(self, index):
-        if torch.compiler.is_compiling() or not isinstance(index, slice):
+        if not isinstance(index, slice):
             return super().__getitem__(index)
+        if torch.compiler.is_compiling():
+            return list(self._modules.values())[index]
         chosen = list(self._modules.items())[index]
         tables = _TABLES.get()
         if tables is not None and tables.skips:

@@ -8,9 +8,11 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 import copy
 import functools
 import inspect
+from collections import Counter
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
@@ -36,6 +38,7 @@ class ComponentBlueprint:
     Args:
         config: the component's configuration (shared by all its views).
         attn_implementation, experts_implementation: as requested of the hybrid, or None for the family's defaults.
+        uses: how many views will have each layer; the last gets the layer itself. None: every view gets copies.
 
     Raises:
         ValueError: the family has no list of layers, or its empty view is not the identity.
@@ -46,8 +49,9 @@ class ComponentBlueprint:
         config: PreTrainedConfig,
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
+        uses: Counter | None = None,
     ):
-        self.config = config
+        self.config, self.uses = config, uses
         causal_class = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING, config)
         if attn_implementation not in (None, "sdpa"):
             config._attn_implementation = attn_implementation
@@ -55,7 +59,7 @@ class ComponentBlueprint:
             config._attn_implementation = attention_for(causal_class, config._attn_implementation)
         if config._experts_implementation is None and causal_class._can_set_experts_implementation():
             config._experts_implementation = experts_implementation
-        with torch.device("meta"):
+        with torch.device("meta"), ShapesOnly():
             self.causal = causal_class(config)
         self.prefix = causal_class.base_model_prefix
         base = getattr(self.causal, self.prefix, None)
@@ -103,10 +107,7 @@ class ComponentBlueprint:
     def _fill(self, base, start, stop, arity, stem, tail) -> None:
         owner, leaf = owner_of(base, self.layers_name)
         owner._modules[leaf] = SliceLayers(
-            copy.deepcopy(layer, memo={id(self.config): self.config})
-            if start <= i < stop
-            else PassThrough(layer, arity)
-            for i, layer in enumerate(self.layers)
+            self._layer(i) if start <= i < stop else PassThrough(layer, arity) for i, layer in enumerate(self.layers)
         )
         for layer in list(owner._modules[leaf])[start:stop]:
             correct_layer(layer, self.config.model_type)
@@ -135,6 +136,13 @@ class ComponentBlueprint:
             raise ValueError(
                 f"{self.config.model_type}: cannot be sliced, it has parameters outside its layers: {stray}."
             )
+
+    def _layer(self, index: int) -> nn.Module:
+        if self.uses is not None:
+            self.uses[index] -= 1
+            if self.uses[index] == 0:
+                return self.layers[index]
+        return copy.deepcopy(self.layers[index], memo={id(self.config): self.config})
 
     def _find_arity(self) -> int:
         """
@@ -291,12 +299,24 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     """One blueprint per component, None for components that no path uses."""
     if not config.blocks:
         raise ValueError("blocks: got an empty configuration; a hybrid needs components and blocks.")
-    used = config.used_components
+    uses = {k: Counter() for k in config.used_components}
+    for path in (path for block in config.blocks for path in block if path["component"] is not None):
+        uses[path["component"]].update(range(path["start"], path["stop"]))
     requested = config._attn_implementation, config._experts_implementation
     return [
-        ComponentBlueprint(component, *requested) if k in used else None
+        ComponentBlueprint(component, *requested, uses[k]) if k in uses else None
         for k, component in enumerate(config.components)
     ]
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Modules built on meta inside are not initialised by what `torch.nn.init` lets others do: there are no values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__ and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 class OutsideLoops:

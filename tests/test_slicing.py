@@ -4,9 +4,10 @@ import pytest
 import torch
 from family_checks import chain, rows_alone, run, run_in_steps
 from tiny import FAMILIES, component, scanned, tokens
+from torch import nn
 
 from modeling_manticore import ManticoreConfig
-from modeling_manticore.slicing_manticore import ComponentBlueprint, run_view
+from modeling_manticore.slicing_manticore import ComponentBlueprint, ShapesOnly, component_blueprints, run_view
 
 
 def even_and_uneven_cuts(depth):
@@ -83,3 +84,22 @@ def fill(view, tensors):
     """Copy every tensor of a view that is still there from the uncut model, by its own name."""
     for name, tensor in [*view.named_parameters(), *view.named_buffers()]:
         tensor.copy_(tensors[name])
+
+
+def test_a_layer_is_copied_for_all_views_but_its_last():
+    config = ManticoreConfig(
+        components=[component("llama").config],
+        blocks=[[{"component": 0, "start": start, "stop": stop}] for start, stop in ((0, 2), (1, 3))],
+    )
+    (blueprint,) = component_blueprints(config)
+    first, second = blueprint.view(0, 2), blueprint.view(1, 3)
+    assert first.layers[0] is blueprint.layers[0] and second.layers[1] is blueprint.layers[1]
+    assert first.layers[1] is not second.layers[1] and first.layers[1].self_attn is not second.layers[1].self_attn
+    assert all(parameter.is_meta for parameter in [*first.parameters(), *second.parameters()])
+
+
+def test_nothing_is_initialised_where_only_shapes_count():
+    with torch.device("cpu"), ShapesOnly():
+        weight = torch.zeros(4, 4)
+        assert nn.init.normal_(weight) is weight and nn.init.constant_(weight, 1.0) is weight
+    assert not weight.any() and nn.init.ones_(weight).all()
