@@ -1,9 +1,10 @@
 """
-A Llama with some of its layers dropped, replaced by a linear map, or given a Mamba-2 in place of their attention.
+A Llama with some of its layers dropped, replaced by a linear map, or given a Mamba-2, or nothing, in place of their
+attention.
 
-All three are hybrids of this package. The Mamba-2 layers are those of a GraniteMoeHybrid without experts, whose layer
-is norm, Mamba-2, norm, gated MLP: with the norms and the MLP of the layer that it replaces only the attention differs.
-Its states live in the space of the Llama, so the bridges around it are the identity and stay so.
+All of them are hybrids of this package. The Mamba-2 layers are those of a GraniteMoeHybrid without experts, whose
+layer is norm, Mamba-2, norm, gated MLP: with the norms and the MLP of the layer that it replaces only the attention
+differs. Its states live in the space of the Llama, so the bridges around it are the identity and stay so.
 """
 
 import torch
@@ -141,6 +142,24 @@ def with_mamba(
     blocks += [(layer, {"component": 1, "start": i, "stop": i + 1}) for i, layer in enumerate(layers)]
     ordered = [[path] for _, path in sorted(blocks, key=lambda entry: entry[0])]
     return ManticoreForCausalLM.from_components([teacher, donor], blocks=ordered)
+
+
+def without_attention(teacher: PreTrainedModel, layers: list[int], state: int) -> PreTrainedModel:
+    """
+    The teacher with nothing in place of the attention of these layers, their norms and MLP kept: the model that a
+    Mamba-2 has to beat. It is that of `with_mamba` with mixers that give zeros and are not trained.
+    """
+    donor = mamba_layers(teacher, len(layers), state, like_attention=True)
+    silent = [own.mamba.requires_grad_(False) for own in donor.model.layers]
+    for mixer in silent:
+        mixer.out_proj.weight.zero_()
+        mixer.out_proj.bias.zero_()
+    mixers = {layer: mixer.state_dict() for layer, mixer in zip(sorted(layers), silent)}
+    model = with_mamba(teacher, mixers, state, like_attention=True)
+    for module in model.modules():
+        if isinstance(module, type(silent[0])):
+            module.requires_grad_(False)
+    return model
 
 
 def freeze_bridges(model: PreTrainedModel) -> PreTrainedModel:

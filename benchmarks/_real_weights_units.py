@@ -10,7 +10,7 @@ from _components import train
 from _ledger import Ledger, digest
 from _real_weights_data import TEXTS, load_teacher, make_rows, smollm2
 from _real_weights_fit import FitOptions, MixerFit, fitted
-from _real_weights_models import dropped, freeze_bridges, with_mamba
+from _real_weights_models import dropped, freeze_bridges, with_mamba, without_attention
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from modeling_manticore.commands.models import measure
 from modeling_manticore.mixing_manticore import Projector
 
 
-VARIANTS = ("teacher", "dropped", "linear", "mamba2")
+VARIANTS = ("teacher", "dropped", "linear", "no attention", "mamba2")
 # CPU seconds a token on a machine of two cores, where the ledger has no unit of the kind yet: full training, a forward
 # pass, a forward pass of the trunk up to layer 20, a step of one Mamba-2.
 GUESSES = {"train": 1 / 110, "evaluate": 1 / 490, "trunk": 1 / 700, "mixer": 1 / 3600}
@@ -162,6 +162,8 @@ class Bench:
         if variant == "mamba2":
             mixers = fitted(self.fit_folder(), layers)
             return freeze_bridges(with_mamba(teacher, mixers, self.preset.state, self.preset.like_attention))
+        if variant == "no attention":
+            return freeze_bridges(without_attention(teacher, layers, teacher.config.head_dim))
         model = dropped(teacher, layers)
         return freeze_bridges(model) if variant == "dropped" else self._give_maps(model, teacher)
 

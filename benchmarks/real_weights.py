@@ -3,10 +3,11 @@ Real weights (E7): SmolLM2-135M with layer 15, or layers 10, 15 and 20, given a 
 
 The layer's norms and MLP are kept; the Mamba-2 is fitted to the attention's output on the teacher's own states, then
 the whole model is trained end to end on a few tokens, for several seeds of that step. Beside it, with the same tokens
-and learning rate: the teacher continued, the same layers dropped, and the same layers replaced by a closed-form linear
-map (which may change in the end-to-end step). Loss on held-out Bible and Shakespeare, which are surely in SmolLM2's
-own training, and on a changelog newer than it. The share of the gap is (dropped - hybrid) / (dropped - teacher), in
-nats, all three trained with the same tokens, or none of them trained.
+and learning rate: the teacher continued, the same layers dropped, the same layers replaced by a closed-form linear map
+(which may change in the end-to-end step), and the same layers without their attention, but with their MLP. Loss on
+held-out Bible and Shakespeare, which are surely in SmolLM2's own training, and on a changelog newer than it. The share
+of the gap is (dropped - hybrid) / (dropped - teacher), in nats, all three trained with the same tokens, or none of
+them trained.
 
 Every finished unit is a line of benchmarks/results/real_weights.jsonl, which is committed, and is not run again.
 Fitted mixers and linear maps stay in the work folder (`--work`): where it is gone, they are fitted anew as soon as a
@@ -124,7 +125,7 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
     """Losses, shares of the gap, cache and parameters, for each set of layers."""
     losses, table = losses_of(preset, ledger), {}
     for layers in preset.replaced:
-        entry: dict = {"loss": {}, "perplexity": {}, "share": {}, "gain_over_linear": {}}
+        entry: dict = {"loss": {}, "perplexity": {}, "share": {}, "gain_over": {}}
         for stage in STAGES:
             rows = {v: losses[v, () if v == "teacher" else layers, stage] for v in VARIANTS}
             entry["loss"][stage] = {v: {text: summary(x) for text, x in row.items()} for v, row in rows.items()}
@@ -133,9 +134,11 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
             }
             entry["share"][stage] = {
                 v: {t: summary(share_of_gap(rows["dropped"][t], rows[v][t], rows["teacher"][t])) for t in rows[v]}
-                for v in ("linear", "mamba2")
+                for v in VARIANTS[2:]
             }
-            entry["gain_over_linear"][stage] = {t: _gain(rows["linear"][t], rows["mamba2"][t]) for t in rows["linear"]}
+            entry["gain_over"][stage] = {
+                v: {t: _gain(rows[v][t], rows["mamba2"][t]) for t in rows[v]} for v in VARIANTS[2:-1]
+            }
         facts = {v: _facts(preset, ledger, v, () if v == "teacher" else layers) for v in VARIANTS}
         entry["parameters"] = {v: fact["parameters"] for v, fact in facts.items()}
         entry["cache_bytes_per_token"] = {v: fact["cache_bytes_per_token"] for v, fact in facts.items()}
@@ -145,9 +148,9 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
     return table
 
 
-def _gain(linear: list[float], own: list[float]) -> dict:
-    """Nats by which a hybrid is better than the linear map, paired by seed, with the lower end of the interval."""
-    found = summary([x - y for x, y in zip(linear, own, strict=True)])
+def _gain(other: list[float], own: list[float]) -> dict:
+    """Nats by which a hybrid is better than another variant, paired by seed, with the lower end of the interval."""
+    found = summary([x - y for x, y in zip(other, own, strict=True)])
     return found | {"low": None if found["half_width"] is None else found["mean"] - found["half_width"]}
 
 
@@ -166,9 +169,9 @@ def report(name: str, preset: Preset, ledger: Ledger) -> dict:
                 cells += [f"loss {shown(entry['loss'][stage][variant]['all']['values'])}"]
                 share = entry["share"][stage].get(variant)
                 cells += [f"share {shown(share['all']['values'])}"] if share else []
-                print(f"  {variant:8} " + "  ".join(cells))
-        gain = entry["gain_over_linear"]["after"]["all"]
-        print(f"  better than the linear map by {shown(gain['values'])} nats after the step")
+                print(f"  {variant:12} " + "  ".join(cells))
+        for variant, gain in entry["gain_over"]["after"].items():
+            print(f"  mamba2 better than {variant} by {shown(gain['all']['values'])} nats after the step")
         print(f"  key-value bytes saved: {entry['cache_saved']:.1%}")
     lines = [(unit, ledger.find(unit.settings(preset))) for unit in units(preset)]
     seconds = {kind: sum(line["seconds"][kind] for _, line in lines) for kind in ("cpu", "wall")}

@@ -98,6 +98,16 @@ def test_dropped_layers_are_passed_by(parts, teacher, ids, layers):
     assert not torch.allclose(expected, logits(teacher, ids), atol=1e-2)
 
 
+@pytest.mark.parametrize("layers", [[3], [1, 2, 4]])
+def test_without_attention_norms_and_mlp_are_kept_and_no_mixer_is_trained(parts, teacher, ids, layers):
+    model = parts["_real_weights_models"].without_attention(teacher, layers, 8)
+    expected = logits_with(teacher, ids, attention_output=dict.fromkeys(layers, torch.zeros_like))
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    mixers = [p.requires_grad for name, p in model.named_parameters() if ".mamba." in name]
+    assert mixers and not any(mixers)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "mlp" in name)
+
+
 def test_linear_maps_stand_where_the_layers_were_and_fit_better_than_nothing(parts, teacher, tmp_path):
     bench = _bench(parts, teacher, tmp_path)
     model = bench.build("linear", [1, 4])
@@ -250,7 +260,7 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
     first, ledger = run(minutes=1e-6)
     assert first.all() is False and done == [] and not file.exists()  # the fit stops after a step
     assert run()[0].all() is True
-    assert len(done) == 4 * 3 and len(set(done)) == len(done)
+    assert len(done) == 5 * 3 and len(set(done)) == len(done)
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + len(done)
     again, ledger = run()
@@ -280,7 +290,8 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
         math.exp(entry["loss"]["before"]["teacher"]["new"]["mean"])
     )
     linear = entry["loss"]["after"]["linear"]["all"]["values"]
-    gain = entry["gain_over_linear"]["after"]["all"]
+    assert set(entry["gain_over"]["after"]) == {"linear", "no attention"}
+    gain = entry["gain_over"]["after"]["linear"]["all"]
     assert gain["values"] == pytest.approx([x - y for x, y in zip(linear, loss["mamba2"])])
     assert gain["low"] == pytest.approx(gain["mean"] - 12.706 * abs(gain["values"][0] - gain["values"][1]) / 2)
     assert "key-value bytes saved: 33.3%" in capsys.readouterr().out
