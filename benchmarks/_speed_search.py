@@ -84,9 +84,10 @@ def calibration(shape: Shape, settings: Settings) -> list[dict]:
 
 def data_generation(settings: Settings) -> list[dict]:
     """Milliseconds of a thousand rows of each generator, one worker."""
+    pairs = MqarSetting(vocab_size=128, sequence_length=64, num_pairs=8)
     makers = {
         "MAD, in-context recall": lambda rows: generator_of(setting_of("in-context-recall"), Draws(0))(rows, False),
-        "MQAR": lambda rows: mqar_rows(MqarSetting(), rows, draws=Draws(0)),
+        "MQAR": lambda rows: mqar_rows(pairs, rows, draws=Draws(0)),
         "ListOps": lambda rows: make_listops(ListOpsSetting(), (rows, 1, 1), workers=1),
         "Pathfinder": lambda rows: make_pathfinder(PathfinderSetting(), (rows, 2, 2), workers=1),
     }

