@@ -122,6 +122,8 @@ def messages_in_the_source() -> list[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 found.append(constant_text(node.exc.args[0]))
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.List):
+                found += map(constant_text, node.value.elts)  # problems of a plan
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Failure":
                 found.append("\0: " + constant_text(node.args[-1]))  # raised by the parent of the process that failed
     return found

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -56,9 +57,20 @@ def built(tmp_path_factory):
     return folder
 
 
-@pytest.mark.network
+def borrowing_environment(folder, wheel):
+    """The Python of a new environment that has the wheel alone; what it depends on comes from the tests' own."""
+    run([sys.executable, "-m", "venv", folder / "environment"], folder)
+    python = folder / "environment" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    run([*pip, wheel], folder)
+    (own,) = (folder / "environment").glob("lib/python*/site-packages")
+    (own / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return python
+
+
 @pytest.mark.timeout(1200)
-def test_the_demo_runs_from_the_wheel(built, tmp_path):
+@pytest.mark.parametrize("fetched", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.network])])
+def test_the_demo_runs_from_the_wheel(built, tmp_path, fetched):
     (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -68,7 +80,8 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path):
     with tarfile.open(source) as archive:
         assert any(name.endswith("/LICENSE") for name in archive.getnames())
 
-    python = clean_environment(tmp_path, "torch", f"{wheel}[train]")
+    packages = ("torch", f"{wheel}[train]")
+    python = clean_environment(tmp_path, *packages) if fetched else borrowing_environment(tmp_path, wheel)
     where = run([python, "-c", "import modeling_manticore; print(modeling_manticore.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path / "environment")
     printed = run([python.with_name("manticore"), "demo", "--steps", "5"], tmp_path)
