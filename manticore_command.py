@@ -1,6 +1,12 @@
 """The console script `manticore`. Help, version and wrong usage are answered before torch or transformers load."""
 
+import os
 import sys
+
+
+# Before torch loads: its threads else wait for one another in a loop, which on a machine with other work to do makes
+# them many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -110,6 +110,10 @@ def test_from_components_to_a_measured_hybrid_and_again(folder, capsys):
     build(recipe_from_dict(SETTINGS))
     assert ran(capsys) == ["discretize", "finetune", "evaluate"]
 
+    licensed = [entry | {"license": "mit", "license_reason": "mine"} for entry in SETTINGS["components"]]
+    build(recipe_from_dict(SETTINGS | {"components": licensed}), dry_run=True)
+    assert ": to do" not in capsys.readouterr().out  # only the card tells licences
+
     (folder / "text.txt").unlink()
     (folder / "text.txt").write_text((folder / "held-out.txt").read_text() * 3)
     build(recipe_from_dict(SETTINGS), dry_run=True)

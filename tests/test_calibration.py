@@ -178,7 +178,8 @@ def test_too_little_text_is_warned_of(caplog):
     logger.setLevel(logging.WARNING)
     try:
         calibrate(model, tokens(4, 12), progress=False)
-        assert "fewer than 20 times its width 32" in caplog.text
+        assert "and 5 more: calibrated on 48 tokens, fewer than 20 times the width 32; use at least 640" in caplog.text
+        assert len({record.getMessage() for record in caplog.records}) == 1
         caplog.clear()
         calibrate(model, tokens(64, 12), progress=False)
         assert not caplog.text

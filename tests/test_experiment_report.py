@@ -11,7 +11,7 @@ import pytest
 from modeling_manticore.commands import main
 from modeling_manticore.experiments.claims import judge
 from modeling_manticore.experiments.intervals import interval, paired, sign_flip_p, t_quantile
-from modeling_manticore.experiments.jobs import nameless, run_fields
+from modeling_manticore.experiments.jobs import chains_of, nameless, run_fields
 from modeling_manticore.experiments.records import write_lines
 from modeling_manticore.experiments.report import section, write_report
 from modeling_manticore.experiments.results import Results
@@ -242,3 +242,18 @@ def test_published_numbers_stand_in_the_table_with_what_differs(tmp_path):
     assert "On compression: steps 4, batch size 8." in section(results, None)
     experiment.tasks[1].budget = Budget(steps=3)
     assert Results(experiment, results.lines).outdated == len(results.lines) / 2
+
+
+def test_an_experiment_that_is_only_begun_says_so_and_judges_nothing(tmp_path):
+    experiment = experiment_in(tmp_path)
+    lines = []
+    for job in next(chains_of(experiment)[0].jobs()):
+        names = {"model": job.model, "task": job.task, "phase": job.phase, "digest": job.digest}
+        told = {key: job.settings[key] for key in ("learning_rate", "seed", "steps")}
+        measured = {"validation": {"accuracy": 0.1, "loss": 3.0}}
+        lines.append(names | told | measured | {"settings": job.settings})
+    write_lines(tmp_path / f"{experiment.name}.jsonl", lines)
+    written = write_report([experiment], tmp_path / "RESULTS.md")
+    assert f"Begun, {len(lines)} runs that compare learning rates; nothing is tested yet." in written
+    assert "Learned by nobody" not in written and "unfinished" in written
+    assert not list(tmp_path.glob("*.svg"))

@@ -153,15 +153,8 @@ def calibrate(
 @torch.no_grad()
 def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: bool) -> list[ProjectorFit]:
     """One pass over the text for all given projectors, then solve and write them."""
-    regressions = []
-    for problem in problems:
-        projector = problem.projector
-        if tokens < TOKENS_PER_WIDTH * projector.in_features:
-            logger.warning(
-                f"{problem.name}: calibrated on {tokens} tokens, fewer than {TOKENS_PER_WIDTH} times its width "
-                f"{projector.in_features}; use more text."
-            )
-        regressions.append(Regression(projector.in_features, projector.out_features, projector.weight.device))
+    _warn_of_little_text(problems, tokens)
+    regressions = [Regression(p.in_features, p.out_features, p.weight.device) for p in (q.projector for q in problems)]
     every = min(HELD_OUT_EVERY, len(batches))
     for i, batch in enumerate(progress_bar(batches, desc="calibrating", unit="batch", show=progress, leave=False)):
         memory: dict = {}
@@ -175,6 +168,17 @@ def _fit(problems: list[Problem], batches: list[Batch], tokens: int, progress: b
         problem.projector.bias.copy_(solution.bias)
         fits.append(ProjectorFit(problem.name, solution.fit, solution.strength, solution.tokens))
     return fits
+
+
+def _warn_of_little_text(problems: list[Problem], tokens: int) -> None:
+    short = [problem for problem in problems if tokens < TOKENS_PER_WIDTH * problem.projector.in_features]
+    if short:
+        width = max(problem.projector.in_features for problem in short)
+        others = f" and {len(short) - 1} more" if len(short) > 1 else ""
+        logger.warning(
+            f"{short[0].name}{others}: calibrated on {tokens} tokens, fewer than {TOKENS_PER_WIDTH} times the width "
+            f"{width}; use at least {TOKENS_PER_WIDTH * width} tokens of text."
+        )
 
 
 def _bridge_steps(

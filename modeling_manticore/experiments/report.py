@@ -34,7 +34,7 @@ def write_report(experiments: list[Experiment], output: Path, pictures: bool = T
         from .plots import draw
 
         for results in everything:
-            if results.lines:
+            if results.has_final_runs:
                 draw(results, _picture(results))
     write_whole(output, text)
     return text
@@ -56,9 +56,12 @@ def section(results: Results, folder: Path | None) -> str:
         parts.append(table(["the paper claims", "we measured", "holds"], claims))
     if experiment.models and not results.lines:
         parts.append(f"Not run yet: `make bench NAME={experiment.name}`.")
+    elif experiment.models and not results.has_final_runs:
+        parts.append(f"Begun, {len(results.lines)} runs that compare learning rates; nothing is tested yet.")
     elif experiment.models:
         parts.append(_budget(results))
-        left_out = [column.name for column in results.columns if not results.learned_by_anyone(column)]
+        told = [column for column in results.columns if results.tested(column.task)]
+        left_out = [column.name for column in told if not results.learned_by_anyone(column)]
         if left_out:
             parts.append(
                 f"Learned by nobody (no model's interval is above the frequency baseline by {_margin(experiment)}), "

@@ -83,6 +83,15 @@ class Results:
         found = (self._final.get((task, model, seed)) for seed in self.experiment.training.seeds)
         return [line for line in found if line is not None]
 
+    @property
+    def has_final_runs(self) -> bool:
+        """Whether anything has been tested."""
+        return bool(self._final)
+
+    def tested(self, task: str) -> bool:
+        """Whether every model has a final run of the task, so that something can be said of it."""
+        return all(self.runs(task, model) for model in self.models)
+
     def values(self, column: Column, model: str) -> dict[int, float]:
         """The column's measure on test rows by seed; what is not a finite number is left out."""
         measure = "accuracy" if column.greater_is_better else "loss"

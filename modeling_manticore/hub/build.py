@@ -152,14 +152,26 @@ def _hash(stage: Stage, work: Work, before: str) -> str:
         "before": before,
         "stage": stage.name,
         "version": __version__,
-        "section": {name: recipe.get(name) for name in stage.sections},
+        "section": {name: _section(recipe, name) for name in stage.sections},
         "texts": {name: _content(Path(name)) for name in stage.texts(work.recipe)},
     }
+    if stage.name == "card":
+        inputs["licences"] = [work.licenses, [entry.license_reason for entry in work.recipe.components]]
     if not before:
         inputs["components"] = [
             _component(entry, revision) for entry, revision in zip(work.recipe.components, work.revisions)
         ]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _section(recipe: dict[str, Any], name: str) -> Any:
+    """A section; components without their licences, which change the card and nothing before it."""
+    if name != "components":
+        return recipe.get(name)
+    entries = [entry if isinstance(entry, dict) else {"repo": entry} for entry in recipe[name]]
+    return [
+        {key: value for key, value in entry.items() if key not in ("license", "license_reason")} for entry in entries
+    ]
 
 
 def _component(entry: ComponentRecipe, revision: str | None) -> Any:

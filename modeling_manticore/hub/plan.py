@@ -175,7 +175,7 @@ def _facts(recipe: Recipe, made: Plan) -> list[ComponentFacts] | None:
         if fact.gated:
             made.notes.append(f"{fact.where}: it is gated; its terms must be accepted and a token given.")
         if fact.license == "unknown" and fact.tensors:
-            text = f"{fact.where}: its licence is unknown; set license and license_reason in the recipe."
+            text = f"{fact.where}: its licence is unknown; set the component's license and license_reason."
             publishing = recipe.publishing is not None and recipe.publishing.repo_id is not None
             (made.problems if publishing else made.notes).append(text)
     return found if len(found) == len(recipe.components) else None

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..building.names import hint
+
 
 MOST_BYTES = 2**20
 MOST_NODES = 20_000
@@ -31,7 +33,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         with path.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path}: it cannot be read ({error.strerror}).") from error
+        raise ValueError(f"{path}: it cannot be read ({error.strerror}){hint(str(path))}") from error
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path}: it is larger than {MOST_BYTES} bytes, which no recipe needs.")
     try:

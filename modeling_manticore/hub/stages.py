@@ -193,7 +193,7 @@ def finetune(work: Work, folder: Path) -> None:
     rows = work.rows(section.texts, tokenizer, section.row_length, section.rows)
     names = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type")
     names += ("bf16", "gradient_checkpointing", "seed", "distill_weight", "distill_temperature", "hidden_weight")
-    given = {name: value for name in names if (value := getattr(section, name)) is not None}
+    given = {name: value for name in names if (value := getattr(section, name)) not in (None, False)}
     training = ManticoreTrainingArguments(
         output_dir=str(folder / "trainer"),
         stage="finetune" if section.teacher is None else "distill",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -91,6 +92,8 @@ class ManticoreTrainingArguments(TrainingArguments):
         if self.stage not in STAGES:
             raise ValueError(f"stage: got {self.stage!r}, allowed are {', '.join(map(repr, STAGES))}.")
         check_strategy_name(self.strategy)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # pins for nothing, with a warning in every run
         if self.mixture_learning_rate is None:
             self.mixture_learning_rate = STRATEGIES[self.strategy].default_rate
         rate = self.mixture_learning_rate
