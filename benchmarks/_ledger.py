@@ -23,9 +23,10 @@ class Ledger:
             for number, text in enumerate(self.file.read_text(encoding="utf-8").splitlines()):
                 try:
                     line = json.loads(text)
+                    if not {"cpu", "wall"} <= line["seconds"].keys() or "result" not in line:
+                        raise KeyError("seconds, result")
                     self.lines[digest(line["settings"])] = line
-                    line["result"], line["seconds"]["cpu"], line["seconds"]["wall"]  # noqa: B018
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{self.file}: line {number + 1} is no finished unit ({error!r}).") from error
 
     def find(self, settings: dict) -> dict | None:

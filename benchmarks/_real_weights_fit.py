@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from _real_weights_models import mamba_layers, start_from_attention
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -178,8 +178,8 @@ class MixerFit:
         file = self.folder / "unfinished.safetensors"
         if not file.is_file():
             return
+        tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             self.step, self.seconds = int(opened.metadata()["step"]), json.loads(opened.metadata()["seconds"])
         mixers = {name.removeprefix("mixers."): value for name, value in tensors.items() if name.startswith("mixers.")}
         self.mixers.load_state_dict(mixers)

@@ -218,8 +218,11 @@ def _needs_no_wrapper(owner, args, kwargs) -> bool:
     )
 
 
-_NOTHING = lambda self: None  # noqa: E731
-WRAPPERS = {wrap(_NOTHING).__code__ for wrap in (can_return_tuple, capture_outputs, merge_with_config_defaults)}
+def _nothing(self) -> None:
+    """A forward, to see what transformers' wrappers make of one."""
+
+
+WRAPPERS = {wrap(_nothing).__code__ for wrap in (can_return_tuple, capture_outputs, merge_with_config_defaults)}
 
 
 @functools.cache

@@ -128,6 +128,14 @@ def test_activations_that_cannot_be_counted(monkeypatch):
     assert found.needs[0].activations is None and found.needs[0].row()["total"] is None
 
 
+def test_experts_are_counted_in_half_precision_and_else_refused_with_the_reason(caplog):
+    config = ManticoreForCausalLM.from_components([component("jamba"), component("llama")], num_blocks=2).config
+    assert activation_bytes(build_on_meta(config, torch.bfloat16), LENGTH).full > 0
+    assert "left out" not in caplog.text
+    assert activation_bytes(build_on_meta(config, torch.float32), LENGTH) is None
+    assert "Activations are left out: Expected inputs of BF16" in caplog.text
+
+
 @pytest.fixture
 def recipe(tmp_path):
     for k, name in enumerate(("llama", "mamba2")):

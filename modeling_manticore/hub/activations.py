@@ -11,10 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .. import scan_manticore
 
 
+logger = logging.get_logger(__name__)
 LENGTH = 512  # tokens that are counted; a multiple of the families' chunks of time
 
 
@@ -38,11 +40,13 @@ def activation_bytes(model: PreTrainedModel, tokens: int) -> Activations | None:
         model: on the meta device; it is not changed.
 
     Returns:
-        None where the family's code needs contents.
+        None, with a warning that says why, where torch does not run the family's code without contents: experts in
+        float32, and code that chooses by content.
     """
     try:
         counted = _count(model)
-    except (RuntimeError, NotImplementedError):  # operators of some experts choose by content
+    except RuntimeError as error:
+        logger.warning(f"Activations are left out: {(str(error) or type(error).__name__).splitlines()[0]}")
         return None
     return Activations(*(round(part * tokens / LENGTH) for part in counted))
 
