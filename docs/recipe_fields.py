@@ -125,6 +125,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "rows": ROWS,
         "row_length": LENGTH,
         "batch_size": BATCH,
+        "components": "measure every component by itself, too; those of the Hub are then downloaded whole",
     },
     "PublishingRecipe": {
         "repo_id": "where the hybrid is pushed; left out, only the card is written",

@@ -14,7 +14,7 @@ from ..tasks.text import corpus, pack
 from .parsing import require
 
 
-def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
     """
     A causal language model of a folder or repository, on the best device there is, in evaluation mode.
 
@@ -23,9 +23,8 @@ def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     if Path(name).is_dir():
         require((Path(name) / "config.json").is_file(), f"model: got the folder {name!r}, which has no config.json.")
-    options = fetched(
-        f"model ({name})", name, {"trust_remote_code": trust_remote_code}, DESCRIPTION_FILES + WEIGHT_FILES
-    )
+    options = {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
+    options = fetched(f"model ({name})", name, options, DESCRIPTION_FILES + WEIGHT_FILES)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:

@@ -58,11 +58,17 @@ def run(arguments: list[str]) -> None:
     if options.json:
         told = {"repo_id": options.repo_id, "commit": info.oid, "url": str(info.commit_url)}
         told |= {"pull_request": info.pr_url, "changed": info.changed, "left_behind": info.left_behind}
+        told |= {"short_card": info.short_card}
         print(json.dumps(told, indent=2))
         return
     if info.left_behind:
         print(f"Left behind: {', '.join(info.left_behind)}")
     print(f"{len(info.changed)} files changed." if info.changed else "Nothing differs from what is there; no commit.")
+    if info.short_card:
+        print(
+            "README.md is a short card without licence and results: neither --card nor the folder has one. "
+            "write_card of modeling_manticore.hub.cards writes a full one."
+        )
     if info.pr_url:
         print(f"Pull request: {info.pr_url}")
     print(f"Commit {info.oid}: {info.commit_url}")

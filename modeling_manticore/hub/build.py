@@ -55,8 +55,8 @@ def build(
     if allow_local_sources and recipe.publishing is not None:
         recipe = replace(recipe, publishing=replace(recipe.publishing, allow_local_sources=True))
     made = plan(recipe)
-    print(made)
     made.check()
+    print(made)
     folder = Path(recipe.folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_folder: got the file {recipe.folder!r}, allowed is a folder.")

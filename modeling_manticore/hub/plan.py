@@ -139,7 +139,8 @@ def plan(recipe: Recipe | str | Path, cluster: ClusterQuestion | None = None) ->
         if own is None:
             made.notes.append(f"{facts[k].where}: the size of its states cannot be told without running it.")
     sizes = sizes_of(model, context, states)
-    made.building = _building(model, facts, dtype, made.vocabulary)
+    whole = recipe.evaluation is not None and recipe.evaluation.components
+    made.building = _building(model, facts, dtype, made.vocabulary, whole)
     if config.is_discretized:
         made.hybrid, made.choice = sizes, [0] * len(config.blocks)
     else:
@@ -275,10 +276,12 @@ def _kept(states: dict, config: ManticoreConfig, choice: list[int]) -> dict[int,
     return {i: states[k] for i, k in enumerate(kept)}
 
 
-def _building(model: Any, facts: list[ComponentFacts], dtype: torch.dtype, vocabulary: VocabularyMatch) -> Building:
+def _building(
+    model: Any, facts: list[ComponentFacts], dtype: torch.dtype, vocabulary: VocabularyMatch, whole: bool
+) -> Building:
     """
     Tensors are mapped from the files where their dtype stays and they are used once; the others, projectors and
-    transplanted rows are new memory.
+    transplanted rows are new memory. `whole`: components are downloaded whole, to be measured by themselves.
     """
     config, sizes = model.config, weight_bytes(model)
     views = {k: [stem for i, stem in model.trunk.stems.items() if int(i) == k] for k in range(len(facts))}
@@ -305,7 +308,9 @@ def _building(model: Any, facts: list[ComponentFacts], dtype: torch.dtype, vocab
                 again, rows = own in seen, k in vocabulary.changed and _by_token(view, parameter)
                 seen.add(own)
                 private, mapped = (private + size, mapped) if fresh or again or rows else (private, mapped + size)
-        if k in config.used_components:
+        if whole:
+            download += fact.bytes_to_get(ComponentPart(frozenset(range(fact.config.num_hidden_layers)), True, True))
+        elif k in config.used_components:
             download += fact.bytes_to_get(ComponentPart.of(config, k, heads=True))
     return Building(round(private + BUILDING_OVERHEAD), mapped, download)
 

@@ -80,7 +80,8 @@ def push_hybrid(
         saving: further arguments of `save_pretrained`.
 
     Returns:
-        The commit: `oid` is what to pin as `revision`, `pr_url` the pull request.
+        The commit: `oid` is what to pin as `revision`, `pr_url` the pull request, `changed` the files in it,
+        `short_card` whether a card of ours is among them.
 
     Raises:
         ValueError: names the field; raised before anything is saved or sent. (`HubError`, which is one, where the
@@ -229,6 +230,7 @@ def _send(
         _endpoint=done["endpoint"],
     )
     info.changed, info.left_behind = done["changed"], left
+    info.short_card = bool(kept) and any(name.endswith(CARD) for name in done["changed"])
     return info
 
 

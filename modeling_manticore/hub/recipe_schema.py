@@ -228,6 +228,7 @@ class EvaluationRecipe:
     rows: int = count(256)
     row_length: int = count(128, 2**20, 2)
     batch_size: int = count(16, 2**16)
+    components: bool = True
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The stages of a build: what each takes from its recipe, when it is left out, and how it runs."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -15,7 +16,7 @@ from .. import Budget, HalvingOptions, ManticoreForCausalLM, ManticoreTrainer, M
 from .. import calibrate as fit_projectors
 from .. import discretize as keep_paths
 from .. import stitch as score_hybrids
-from ..commands.models import load_hybrid, load_tokenizer, measure, rows_of
+from ..commands.models import load_hybrid, load_model, load_tokenizer, measure, rows_of
 from ..commands.search_training import (
     GradientOptions,
     arguments_of,
@@ -218,15 +219,32 @@ def finetune(work: Work, folder: Path) -> None:
 
 
 def evaluate(work: Work, folder: Path) -> None:
-    """Loss, perplexity and next-token accuracy on the evaluation's texts."""
-    section = work.recipe.evaluation
-    model, tokenizer = work.load()
-    results = {}
+    """Loss, perplexity, accuracy and bits per byte on the evaluation's texts: the hybrid's, then each component's."""
+    section, recipe = work.recipe.evaluation, work.recipe
+    found = {"section": asdict(section), "texts": _measured(work, *work.load(), "the hybrid")}
+    if section.components and not recipe.from_scratch:
+        found["components"] = []
+        for component, revision in zip(recipe.components, _revisions(work)):
+            model = load_model(component.name, component.trust_remote_code, revision)
+            label = component.name if component.folder is None else Path(component.folder).name
+            texts = _measured(work, model, load_tokenizer(component.name, revision), label)
+            found["components"].append({"name": label, "texts": texts})
+            del model
+    _write(folder / RESULTS, found)
+
+
+def _measured(work: Work, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> dict[str, Any]:
+    """{text: what `measure` finds, and `bits_per_byte`, in which models of different tokenizers compare}."""
+    section, found = work.recipe.evaluation, {}
     for name in section.texts:
         rows = rows_of([name], tokenizer, section.row_length, section.rows, work.cache_folder)
-        results[name] = measure(model, rows, section.batch_size, label=name)
-        print(f"{name}: loss {results[name]['loss']:.3f}, perplexity {results[name]['perplexity']:.2f}")
-    _write(folder / RESULTS, {"section": asdict(section), "texts": results})
+        numbers = measure(model, rows, section.batch_size, label=f"{label} on {name}")
+        size = sum(len(text.encode()) for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
+        numbers["bits_per_byte"] = numbers["loss"] / math.log(2) * rows.numel() / size if size else None
+        told = "" if not size else f", {numbers['bits_per_byte']:.3f} bits per byte"
+        print(f"{label} on {name}: loss {numbers['loss']:.3f}, perplexity {numbers['perplexity']:.2f}{told}")
+        found[name] = numbers
+    return found
 
 
 def card(work: Work, folder: Path) -> None:
@@ -234,12 +252,15 @@ def card(work: Work, folder: Path) -> None:
     write_card = import_module("modeling_manticore.hub.cards").write_card
     results = None
     if work.recipe.evaluation is not None:
-        found = json.loads(work.latest(RESULTS).read_text())["texts"]
+        found = json.loads(work.latest(RESULTS).read_text())
+        models = [(None, found["texts"])] + [(own["name"], own["texts"]) for own in found.get("components", [])]
         results = [
-            {"dataset": text, "metric": metric, "value": value, "over": f"{numbers['tokens']} test tokens"}
-            for text, numbers in found.items()
+            {"model": name, "dataset": text, "metric": metric, "value": value}
+            | {"over": f"{numbers['tokens']} test tokens"}
+            for name, texts in models
+            for text, numbers in texts.items()
             for metric, value in numbers.items()
-            if metric != "tokens"
+            if metric != "tokens" and value is not None
         ]
     write_card(
         folder,

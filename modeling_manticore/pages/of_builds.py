@@ -80,12 +80,19 @@ def _add_training(page: Page, folder: Path) -> None:
 def _add_results(page: Page, folder: Path) -> None:
     file = folder / "evaluate" / "results.json"
     if file.is_file():
-        columns = ["text", "loss", "perplexity", "accuracy", "tokens"]
-        measured = _read(file)["texts"]
-        rows = [[text, *(found[name] for name in columns[1:])] for text, found in measured.items()]
-        losses = {f"loss on {text}": f"{found['loss']:.4f} nats" for text, found in measured.items()}
+        columns = ["text", "model", "loss", "perplexity", "accuracy", "bits_per_byte", "tokens"]
+        measured = _read(file)
+        models = [("the hybrid", measured["texts"])]
+        models += [(f"{found['name']} alone", found["texts"]) for found in measured.get("components", [])]
+        rows = [
+            [text, name, *(texts[text].get(column) for column in columns[2:])]
+            for text in measured["texts"]
+            for name, texts in models
+        ]
+        losses = {f"loss on {text}": f"{found['loss']:.4f} nats" for text, found in measured["texts"].items()}
         page.facts = losses | dict(page.facts)
-        page.tables = {"Evaluation": Table(columns, rows, {"perplexity": ",.2f"})} | page.tables
+        titles = [column.replace("_", " ") for column in columns]
+        page.tables = {"Evaluation": Table(titles, rows, {"perplexity": ",.2f"})} | page.tables
         page.sources = [*page.sources, "evaluate/results.json"]
 
 
