@@ -83,12 +83,17 @@ def test_from_components_to_a_measured_hybrid_and_again(folder, capsys):
     assert len(choice) == 2
     results = json.loads((folder / "runs/tiny/evaluate/results.json").read_text())
     assert 0 < results["texts"]["held-out.txt"]["loss"] < 20
+    for found, name in zip(results["components"], ("gpt_neox", "mamba2"), strict=True):
+        assert main(["evaluate", name, "--texts", "held-out.txt", "--rows", "8", "--row_length", "16", "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)["texts"]["held-out.txt"]
+        assert found["name"] == name and alone.items() <= found["texts"]["held-out.txt"].items()
     weights = load_file(place / "model.safetensors")
     page = (folder / "runs/tiny/report.html").read_text()
     loss = f"<dt>loss on held-out.txt</dt><dd>{results['texts']['held-out.txt']['loss']:.4f} nats</dd>"
     for told in ("Build of tiny", "Candidates in the supernet", "The hybrid", loss):
         assert told in page
     assert all(f"<td>{stage}</td>" in page for stage in RUN) and "held-out.txt" in page and "picture1-box-0-0" in page
+    assert all(f"<td>{name}</td>" in page for name in ("the hybrid", "gpt_neox alone", "mamba2 alone"))
 
     assert build(recipe_from_dict(SETTINGS)) == place and ran(capsys) == []
     assert not list((folder / "runs/tiny").glob(".*"))

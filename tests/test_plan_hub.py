@@ -65,6 +65,9 @@ def test_no_weights_are_downloaded(hub, tmp_path):
     shards = sum(size for own in sizes.values() for file, size in own.items() if file.endswith(".safetensors"))
     others = sum(size for own in sizes.values() for file, size in own.items() if not file.endswith(".safetensors"))
     assert len(sizes["t/llama"]) > 8 and others < found["building"]["download_bytes"] < 0.7 * shards + others
+    measured = recipe | {"evaluation": {"texts": ["topics"]}}  # the components too, unless it says otherwise
+    _, whole, _ = planned(hub, tmp_path, measured)
+    assert whole["building"]["download_bytes"] == shards + others
     kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert not any(path.name.endswith(".safetensors") for path in kept)
     assert max(path.stat().st_size for path in kept) < 50_000

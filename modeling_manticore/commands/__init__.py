@@ -28,6 +28,7 @@ POSITIONAL = {
     "plan": "RECIPE",
     "build": "RECIPE",
     "describe": "MODEL",
+    "evaluate": "MODEL",
     "push": "FOLDER REPO_ID",
     "verify": "SOURCE",
     "space": "REPO",

@@ -1,10 +1,10 @@
-"""`manticore evaluate`: loss, perplexity and next-token accuracy of a model on texts."""
+"""`manticore evaluate MODEL`: loss, perplexity and next-token accuracy of a model on texts."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import TEXT_CACHE, parse_options, require, require_positive
+from .parsing import TEXT_CACHE, parse_options, positional_first, require, require_positive
 
 
 @dataclass
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: bad options, model or texts.
     """
-    (options,) = parse_options(KINDS, arguments, "evaluate")
+    (options,) = parse_options(KINDS, positional_first(arguments, "model"), "evaluate")
     require_positive(options, "rows", "row_length", "batch_size")
     require(options.row_length >= 2, f"row_length: got {options.row_length}, allowed is at least 2.")
     output = None if options.output_file is None else Path(options.output_file)
