@@ -1,5 +1,6 @@
 """The command line as a whole: help of one hand, exit codes, Ctrl-C, JSON, progress without a terminal, completion."""
 
+import inspect
 import io
 import json
 import os
@@ -10,13 +11,15 @@ import subprocess
 import sys
 import time
 from functools import partial
+from logging import getLogger
 
 import pytest
+import torch
 from command_runs import component_folders, options
 from tqdm.auto import tqdm
 
 from modeling_manticore import ManticoreForCausalLM, __version__, progress
-from modeling_manticore.commands import COMMANDS, NOTHING, OWN_FILE, POSITIONAL, RESUME, evaluate, main, usage
+from modeling_manticore.commands import COMMANDS, KERNELS, NOTHING, OWN_FILE, POSITIONAL, RESUME, evaluate, main, usage
 from modeling_manticore.commands.completion import flags_of
 from modeling_manticore.commands.train import how_to_resume
 
@@ -295,3 +298,17 @@ def test_other_shells(shell, scripts):
 
 def test_another_shell(capsys):
     assert main(["completion", "tcsh"]) == 2 and "allowed are bash, zsh, fish" in capsys.readouterr().err
+
+
+def test_no_advice_to_install_what_only_a_gpu_runs(capsys):
+    from transformers.integrations import hub_kernels
+
+    assert main(["completion", "bash"]) == 0 and capsys.readouterr().out
+    logger = getLogger(KERNELS)
+    advice, other = (
+        logger.makeRecord(logger.name, 30, "", 0, text, (), None)
+        for text in ("`f` is falling back to its reference PyTorch implementation because ...", "something else")
+    )
+    assert bool(logger.filter(advice)) == torch.cuda.is_available() and logger.filter(other)
+    assert hub_kernels.logger.name == KERNELS
+    assert "falling back to its reference PyTorch" in inspect.getsource(hub_kernels)

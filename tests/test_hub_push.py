@@ -242,9 +242,11 @@ def test_the_command(online, tmp_path, capsys):
     assert main(["push", str(tmp_path / "saved"), "tester/command", "--private", "--patience", "30"]) == 0
     printed = capsys.readouterr().out
     assert "Left behind: training_args.bin" in printed and "Commit " in printed and TOKEN not in printed
+    assert "short card without licence and results" in printed
     assert online.store.repositories["tester/command"].private
     assert main(["push", str(tmp_path / "saved"), "tester/command"]) == 0
-    assert "Nothing differs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Nothing differs" in printed and "short card" not in printed
     assert main(["verify", "tester/command"]) == 0 and "byte for byte" in capsys.readouterr().out
     assert main(["verify", "tester/absent"]) == 1 and "no repository 'tester/absent'" in capsys.readouterr().err
     assert main(["push", str(tmp_path), "tester/command"]) == 2 and "folder: got" in capsys.readouterr().err

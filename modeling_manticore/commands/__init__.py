@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from logging import LogRecord, getLogger
 
 from .. import __version__, when_loaded
 
@@ -37,6 +38,7 @@ POSITIONAL = {
     "completion": "SHELL",
 }
 OWN_FILE = ("plan", "build", "experiment", "report")  # their first word is no settings file
+KERNELS = "transformers.integrations.hub_kernels"  # the logger
 NOTHING = "Nothing was written; the same command starts again."
 RESUME = {
     "demo": "Components that were trained are kept; the same command goes on with the rest.",
@@ -95,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"command: got {given}, {meant(arguments[0], COMMANDS, allowed) if arguments else allowed}"
             )
         _plain_without_terminal()
+        getLogger(KERNELS).addFilter(_says_something_to_do)
         import_module(f".{arguments[0]}", __name__).run(arguments[1:])
         sys.stdout.flush()
     except ValueError as error:
@@ -113,6 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _failed(error: Exception, code: int) -> int:
     print(f"manticore: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def _says_something_to_do(record: LogRecord) -> bool:
+    """False of advice to install kernels that only a GPU runs, where there is none."""
+    import torch
+
+    return torch.cuda.is_available() or "falling back to its reference PyTorch" not in record.getMessage()
 
 
 def _plain_without_terminal() -> None:
