@@ -65,7 +65,8 @@ _HOMES = {
     "verify": ".hub.identity",
 }
 
-when_loaded: list[Callable[[], None]] = []  # called once each, as soon as transformers is there
+before_loading: list[Callable[[], None]] = []  # called once each, before torch and transformers are loaded
+when_loaded: list[Callable[[], None]] = []  # called once each, as soon as they are there
 
 
 def load() -> None:
@@ -73,6 +74,8 @@ def load() -> None:
     Bind and register (`registration.py`). An import of this package does it at once; a command, which may only have
     to say its help, when the first part is imported that runs or makes a hybrid.
     """
+    while before_loading:
+        before_loading.pop()()
     import_module(".registration", __name__)
     while when_loaded:
         when_loaded.pop()()

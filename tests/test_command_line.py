@@ -312,3 +312,24 @@ def test_no_advice_to_install_what_only_a_gpu_runs(capsys):
     assert bool(logger.filter(advice)) == torch.cuda.is_available() and logger.filter(other)
     assert hub_kernels.logger.name == KERNELS
     assert "falling back to its reference PyTorch" in inspect.getsource(hub_kernels)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no os.openpty")
+@pytest.mark.parametrize("arguments, told", [(["describe", "nowhere"], True), (["describe", "--help"], False)])
+def test_a_terminal_hears_at_once_that_torch_is_loading(tmp_path, arguments, told):
+    watched, terminal = os.openpty()
+    command = [sys.executable, "-m", "manticore_command", *arguments]
+    subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=terminal, timeout=120)
+    os.close(terminal)
+    heard = b""
+    try:
+        while more := os.read(watched, 2**16):
+            heard += more
+    except OSError:  # Linux's way to say that the terminal is closed
+        pass
+    finally:
+        os.close(watched)
+    begun = b"Loading torch and transformers ..."
+    assert heard.startswith(begun) == told
+    if told:
+        assert b"\r\x1b[K" in heard and heard.index(b"\r\x1b[K") < heard.index(b"manticore: error: ")

@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from logging import LogRecord, getLogger
 
-from .. import __version__, when_loaded
+from .. import __version__, before_loading, when_loaded
 
 
 COMMANDS = {
@@ -126,7 +126,10 @@ def _says_something_to_do(record: LogRecord) -> bool:
 
 
 def _plain_without_terminal() -> None:
-    """No bars of transformers where nobody watches, as soon as it is there; ours are lines then."""
+    """
+    No bars of transformers where nobody watches, as soon as it is there; ours are lines then. On a terminal, a word
+    that loading it has begun, which takes seconds.
+    """
 
     def plain() -> None:
         from transformers.utils import logging
@@ -134,8 +137,15 @@ def _plain_without_terminal() -> None:
         logging.disable_progress_bar()
 
     if sys.stderr.isatty():
-        return
-    if "transformers" in sys.modules:
+        if "transformers" not in sys.modules:
+            before_loading.append(lambda: _tell("Loading torch and transformers ..."))
+            when_loaded.append(lambda: _tell("\r\033[K"))
+    elif "transformers" in sys.modules:
         plain()
     else:
         when_loaded.append(plain)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
