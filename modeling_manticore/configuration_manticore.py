@@ -305,21 +305,6 @@ class ManticoreConfig(PreTrainedConfig):
         return output
 
 
-def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
-    """
-    Weight of every component with a path in a block, for stems and heads: the sum over its paths there, renormalised
-    without a skip path.
-    """
-    totals, real = {}, config.real_paths(block)
-    for p in real:
-        k = config.blocks[block][p]["component"]
-        totals[k] = totals[k] + weights[p] if k in totals else weights[p]
-    if len(real) < len(weights):
-        whole = sum(totals.values()) + 1e-30  # softmax weights of components may all underflow, never the sum
-        totals = {k: total / whole for k, total in totals.items()}
-    return {k: totals[k] for k in sorted(totals)}
-
-
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
     entry = _without_code(component.to_diff_dict()) | {"model_type": component.model_type}
     return {key: value for key, value in entry.items() if key not in ("transformers_version", "dtype")}

@@ -11,21 +11,24 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .cache_manticore import (
-    ManticoreCache,
+from .cache_manticore import ManticoreCache, describe
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
+from .forward_manticore import (
     ManticoreModelOutput,
+    TrunkOutput,
+    balanced_components,
     check_inputs,
     check_order,
     check_positions,
     check_rope,
     check_shapes,
+    component_weights,
     derive_positions,
-    describe,
     is_recurrent,
+    rope_limits,
     router_collectors,
     router_losses,
 )
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, component_weights, move_into
 from .mixing_manticore import (
     Boundary,
     ManticoreBlock,
@@ -191,6 +194,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         )
         self._no_split_modules = ["ManticoreBlock"] + ["Mixture"] * (not config.is_discretized)  # FSDP reads this
         self._position_limits = {k: position_limit(self.stems[str(k)]) for k in config.stem_components}
+        self._rope_limits, self._balanced = rope_limits(config), balanced_components(config)
         self.is_recurrent = is_recurrent(config)
         self.gradient_checkpointing = False
         materialise(self)
@@ -211,7 +215,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         output_router_logits: bool | None = None,
         return_boundary: bool = False,
         **kwargs,
-    ) -> ManticoreModelOutput:
+    ) -> ManticoreModelOutput | TrunkOutput:
         """
         Args:
             input_ids: (batch, tokens). attention_mask: (batch, tokens seen so far), 1 for tokens and 0 for padding.
@@ -219,7 +223,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             inputs_embeds: (batch, tokens, d_k) in place of `input_ids`, where the hybrid has one stem.
             output_hidden_states: also return the B + 1 boundaries of the stream, (batch, tokens, D); or given ones.
             output_router_logits: collect the routers of mixtures of experts; by default as each component has it.
-            return_boundary: return what heads need in place of the stream.
+            return_boundary: return a `TrunkOutput`, what heads need in place of the stream.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a foreign cache; attentions asked for;
@@ -238,14 +242,14 @@ class ManticoreModel(ManticorePreTrainedModel):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_shapes(given, attention_mask, position_ids, seen)
         tokens = given.shape[1]
-        check_rope(self.config, tokens, seen)
+        check_rope(self.config, self._rope_limits, tokens, seen)
         if self.is_recurrent:
             check_order(attention_mask, position_ids, tokens, seen)
         position_ids = derive_positions(given, attention_mask, position_ids, seen)
         check_positions(self.config, self._position_limits, position_ids, seen)
 
         weights, wanted = self._block_weights(), boundaries_wanted(output_hidden_states, len(self.blocks) + 1)
-        routers = router_collectors(self.config, output_router_logits)
+        routers = router_collectors(self.config, self._balanced, output_router_logits)
         tables = new_tables()
         given = input_ids, inputs_embeds, attention_mask, position_ids
         boundary = self.run_stems(*given, weights[0], wanted[0], tables)
@@ -259,16 +263,16 @@ class ManticoreModel(ManticorePreTrainedModel):
         if past_key_values is not None:
             past_key_values.advance(tokens)
         aux_loss, router_loss = router_losses(self.config, routers, attention_mask)
-        return ManticoreModelOutput(
-            last_hidden_state=None if return_boundary else self._stream(boundary),
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(streams) if any(wanted) else None,
-            boundary=boundary if return_boundary else None,
-            block_weights=weights if return_boundary else None,
-            router_logits=tuple(logits for collected in routers.values() for logits in collected) or None,
-            aux_loss=aux_loss,
-            router_loss=router_loss,
-        )
+        found = {
+            "past_key_values": past_key_values if use_cache else None,
+            "hidden_states": tuple(streams) if any(wanted) else None,
+            "router_logits": tuple(logits for collected in routers.values() for logits in collected) or None,
+            "aux_loss": aux_loss,
+            "router_loss": router_loss,
+        }
+        if return_boundary:
+            return TrunkOutput(boundary, weights, **found)
+        return ManticoreModelOutput(last_hidden_state=self._stream(boundary), **found)
 
     def _stream(self, boundary: Boundary) -> torch.Tensor:
         """The stream in the model's dtype; some families end in float32 whatever theirs is."""
@@ -371,7 +375,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             return_boundary=True,
         )
-        logits = self._logits(outputs.boundary.keep(logits_to_keep), outputs.block_weights[self.config.head_block])
+        logits = self._logits(outputs.boundary.keep(logits_to_keep), outputs.weights[self.config.head_block])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

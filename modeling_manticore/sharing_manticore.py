@@ -69,7 +69,7 @@ class PassThrough(nn.Module):
 
 
 class SliceLayers(nn.ModuleList):
-    """The layers of a view under their own indices; a walk that a lean forward starts meets only those kept."""
+    """The layers of a view under their own indices; a walk of a lean forward meets only those kept, or one stub."""
 
     def __iter__(self):
         return iter(self._modules.values()) if torch.compiler.is_compiling() else iter(self[:])
@@ -81,8 +81,8 @@ class SliceLayers(nn.ModuleList):
             return list(self._modules.values())[index]
         chosen = list(self._modules.items())[index]
         tables = _TABLES.get()
-        if tables is not None and tables.skips:
-            chosen = [entry for entry in chosen if type(entry[1]) is not PassThrough]
+        if tables is not None and tables.skips:  # one goes through, so that what a walk leaves behind is there
+            chosen = [entry for entry in chosen if type(entry[1]) is not PassThrough] or chosen[:1]
         return Numbered(chosen)
 
 
@@ -195,8 +195,10 @@ def _owner_forward(family, self, *args, **kwargs):
     if tables is None or not _needs_no_wrapper(self, args, kwargs):
         return family.forward(self, *args, **kwargs)
     forward, walks = _lean(family.forward)
+    if "return_dict" in kwargs and "return_dict" not in _parameters_of(forward):
+        del kwargs["return_dict"]
     before = tables.skips, tables.idle
-    tables.skips, tables.idle = walks and self.runs_layers, None if self.runs_layers else self
+    tables.skips, tables.idle = walks, None if self.runs_layers else self
     try:
         return forward(self, *args, **kwargs)
     finally:
@@ -206,9 +208,10 @@ def _owner_forward(family, self, *args, **kwargs):
 def _needs_no_wrapper(owner, args, kwargs) -> bool:
     """Whether the wrappers around the forward, which fill in defaults and record outputs, have nothing to do."""
     return (
-        not args
+        all(value is None for value in args[:1])  # heads give no tokens
+        and not args[1:]
         and kwargs.get("use_cache") is not None
-        and "return_dict" not in kwargs
+        and kwargs.get("return_dict", True) is True
         and not any(value for name, value in kwargs.items() if name.startswith("output_"))
         and "is_causal" not in kwargs
         and not hasattr(type(owner.config), "is_causal")
@@ -245,6 +248,14 @@ def _lean(family) -> tuple[types.FunctionType, bool]:
     copy = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
     copy.__kwdefaults__ = inner.__kwdefaults__
     return copy, not COUNTING & _global_names(inner.__code__)
+
+
+@functools.cache
+def _parameters_of(forward) -> frozenset[str]:
+    """Names of the arguments; of a forward with its wrappers also what they take."""
+    return frozenset(inspect.signature(forward).parameters) | (
+        {"return_dict"} if hasattr(forward, "__wrapped__") else set()
+    )
 
 
 COUNTING = {"len", "range", "zip", "map", "reversed", "iter"}

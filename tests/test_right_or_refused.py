@@ -10,7 +10,8 @@ from tiny import FAMILIES, component, tokens
 from transformers import DynamicCache, GenerationConfig
 
 from modeling_manticore import ManticoreForCausalLM, discretize
-from modeling_manticore.cache_manticore import ManticoreCache, is_recurrent
+from modeling_manticore.cache_manticore import ManticoreCache
+from modeling_manticore.forward_manticore import is_recurrent
 
 
 BOUND = 2e-5

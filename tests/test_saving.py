@@ -14,6 +14,7 @@ from modeling_manticore import ManticoreForCausalLM
 CODE = {
     "cache_manticore.py",
     "configuration_manticore.py",
+    "forward_manticore.py",
     "mixing_manticore.py",
     "modeling_manticore.py",
     "scan_manticore.py",

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..cache_manticore import derive_positions
-from ..configuration_manticore import ManticoreConfig, component_weights
+from ..configuration_manticore import ManticoreConfig
+from ..forward_manticore import component_weights, derive_positions
 from ..mixing_manticore import Boundary
 from ..modeling_manticore import ManticoreForCausalLM
 from ..slicing_manticore import AFTER_LAST, FINAL_NORMS, PassThrough, find_layers, owner_of, run_view

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..building.sources import DESCRIPTION_FILES, WEIGHT_FILES, fetched, tokens_of
 from ..building.states import keep_input
-from ..cache_manticore import derive_positions
+from ..forward_manticore import derive_positions
 from ..slicing_manticore import find_layers
 
 
