@@ -56,6 +56,63 @@ def component_weights(config: ManticoreConfig, block: int, weights: list) -> dic
     return {k: totals[k] for k in sorted(totals)}
 
 
+def weighted_sum(
+    weights: list, values: list, always: bool = False, beside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    sum_j a_j x_j of the x_j that are there, on the device of the last: a device map may have parted them. A lone x
+    counts as it is, unless `always` its weight does, too. `beside` is added.
+    """
+    if len(values) == 1 and not always:
+        return values[0]
+    terms = [(a, x) for a, x in zip(weights, values) if x is not None]
+    place = terms[-1][1].device
+    terms = [(a.to(place) if isinstance(a, torch.Tensor) else a, x.to(place)) for a, x in terms]
+    beside = None if beside is None else beside.to(place)
+    weights, values = zip(*terms)
+    kinds = {getattr(t, "dtype", None) for t in (*weights, *values, *([] if beside is None else [beside]))}
+    if len(kinds) == 1 and len({x.shape for x in values}) == 1 and not torch.compiler.is_compiling():
+        return _WeightedSum.apply(len(terms), *weights, *values, beside)
+    products = [a * x for a, x in terms]
+    return sum(products[1:], products[0] if beside is None else beside.to(products[0].dtype) + products[0])
+
+
+class _WeightedSum(torch.autograd.Function):
+    """
+    `weighted_sum` in one pass over memory a term, and with slopes of the weights that are dot products: what autograd
+    makes of products and sums is twice as many passes, which for logits is a large part of a training step.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count, *tensors):
+        weights, values, beside = tensors[:count], tensors[count:-1], tensors[-1]
+        first = values[0] * weights[0] if beside is None else torch.addcmul(beside, values[0], weights[0])
+        for a, x in zip(weights[1:], values[1:]):
+            first.addcmul_(x, a)
+        return first
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count = inputs[0]
+        ctx.save_for_backward(*inputs[1:-1])
+
+    @staticmethod
+    def backward(ctx, slope):
+        weights, values = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = ctx.needs_input_grad
+        of_weights = [_dot(slope, x) if wanted[1 + j] else None for j, x in enumerate(values)]
+        of_values = [slope * a if wanted[1 + ctx.count + j] else None for j, a in enumerate(weights)]
+        return None, *of_weights, *of_values, slope if wanted[-1] else None
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The sum of products, row by row: exact as a sum in blocks is, without memory for the products."""
+    width = x.shape[-1]
+    return torch.bmm(x.reshape(-1, 1, width), y.reshape(-1, width, 1)).sum()
+
+
 def derive_positions(given, attention_mask, position_ids, seen) -> torch.LongTensor:
     """Positions (batch, tokens): as given, else counted from the mask, else consecutive."""
     batch, tokens = given.shape[:2]

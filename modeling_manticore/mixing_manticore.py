@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
+from .forward_manticore import weighted_sum
 from .sharing_manticore import Tables
 from .slicing_manticore import run_view
 
@@ -292,20 +293,16 @@ class Junction:
 
     def _routed(self, boundary, direct, width, projector):
         """u = sum_direct a_j v_j + A sum_others a_j W_out_j(v_j) + (1 - sum_direct a_j) c."""
-        total, others, own_weight = None, None, 0.0
-        for j, state in enumerate(boundary.states):
-            if direct[j]:
-                own_weight = own_weight + boundary.weights[j]
-            if state is None:
-                continue
-            term = boundary.weights[j] * (state if direct[j] else boundary.projected[j])
-            if direct[j]:
-                total = term if total is None else total + term
-            else:
-                others = term if others is None else others + term
-        if others is not None:
-            routed = cut(others, width) if projector is None else projector(others, 1.0 - own_weight)
-            total = routed if total is None else total.to(routed.device) + routed
+        there = [j for j, state in enumerate(boundary.states) if state is not None]
+        own, rest = [j for j in there if direct[j]], [j for j in there if not direct[j]]
+        weights, total = boundary.weights, None
+        if rest:
+            others = weighted_sum([weights[j] for j in rest], [boundary.projected[j] for j in rest], always=True)
+            own_weight = sum((weights[j] for j, same in enumerate(direct) if same), 0.0)
+            total = cut(others, width) if projector is None else projector(others, 1.0 - own_weight)
+        if own:
+            states = [boundary.states[j] for j in own]
+            total = weighted_sum([weights[j] for j in own], states, always=True, beside=total)
         return total
 
     def _gated(self, stream, width, projector, gate):
@@ -320,16 +317,6 @@ class Junction:
 def stream_of(boundary: Boundary) -> torch.Tensor:
     """h = sum_j a_j projected_j, (batch, tokens, D); one tensor, for whoever reads it or goes on from it."""
     return weighted_sum(boundary.weights, boundary.projected) if boundary.stream is None else boundary.stream
-
-
-def weighted_sum(weights: list, values: list) -> torch.Tensor:
-    """sum_j a_j x_j of the x_j that are there, on the device of the last: a device map may have parted them."""
-    if len(values) == 1:
-        return values[0]
-    terms = [(a, x) for a, x in zip(weights, values) if x is not None]
-    place = terms[-1][1].device
-    terms = [a.to(place) * x.to(place) for a, x in terms]
-    return sum(terms[1:], terms[0])
 
 
 def targets_that_run(weights: list, training: bool) -> list[bool]:

@@ -28,6 +28,7 @@ from .forward_manticore import (
     rope_limits,
     router_collectors,
     router_losses,
+    weighted_sum,
 )
 from .mixing_manticore import (
     Boundary,
@@ -36,7 +37,6 @@ from .mixing_manticore import (
     Projector,
     junctions,
     stream_of,
-    weighted_sum,
 )
 from .sharing_manticore import new_tables
 from .slicing_manticore import (
