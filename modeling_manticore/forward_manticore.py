@@ -71,7 +71,8 @@ def weighted_sum(
     beside = None if beside is None else beside.to(place)
     weights, values = zip(*terms)
     kinds = {getattr(t, "dtype", None) for t in (*weights, *values, *([] if beside is None else [beside]))}
-    if len(kinds) == 1 and len({x.shape for x in values}) == 1 and not torch.compiler.is_compiling():
+    fits = len(kinds) == 1 and not torch.compiler.is_compiling()
+    if fits and all(x.shape == values[0].shape for x in values):
         return _WeightedSum.apply(len(terms), *weights, *values, beside)
     products = [a * x for a, x in terms]
     return sum(products[1:], products[0] if beside is None else beside.to(products[0].dtype) + products[0])
