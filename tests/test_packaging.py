@@ -84,7 +84,7 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path, fetched):
     python = clean_environment(tmp_path, *packages) if fetched else borrowing_environment(tmp_path, wheel)
     where = run([python, "-c", "import modeling_manticore; print(modeling_manticore.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path / "environment")
-    short = "--steps 5 --eval_rows 16 --calibration_rows 32 --row_length 64".split()
+    short = ["--steps", "5", "--eval_rows", "16", "--calibration_rows", "32", "--row_length", "64"]
     printed = run([python.with_name("manticore"), "demo", *short], tmp_path)
     output = tmp_path / "runs" / "demo"
     assert [line.split()[-1] for line in printed.splitlines()[-3:] if not line.startswith("plots")] == [
