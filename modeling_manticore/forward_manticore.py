@@ -60,15 +60,14 @@ def weighted_sum(
     weights: list, values: list, always: bool = False, beside: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    sum_j a_j x_j of the x_j that are there, on the device of the last: a device map may have parted them. A lone x
-    counts as it is, unless `always` its weight does, too. `beside` is added.
+    sum_j a_j x_j of the x_j that are there. A lone x counts as it is, unless `always` its weight does, too. `beside` is
+    added. A device map may have parted them: the sum is where `beside` is, else the last x.
     """
     if len(values) == 1 and not always:
         return values[0]
     terms = [(a, x) for a, x in zip(weights, values) if x is not None]
-    place = terms[-1][1].device
+    place = (terms[-1][1] if beside is None else beside).device
     terms = [(a.to(place) if isinstance(a, torch.Tensor) else a, x.to(place)) for a, x in terms]
-    beside = None if beside is None else beside.to(place)
     weights, values = zip(*terms)
     kinds = {getattr(t, "dtype", None) for t in (*weights, *values, *([] if beside is None else [beside]))}
     fits = len(kinds) == 1 and not torch.compiler.is_compiling()

@@ -71,7 +71,7 @@ class Projector(nn.Module):
         if isinstance(bias_scale, float) and bias_scale == 1.0:
             y = nn.functional.linear(x, self.weight, self.bias)
         else:
-            y = nn.functional.linear(x, self.weight) + (bias_scale * self.bias).to(x.dtype)
+            y = nn.functional.linear(x, self.weight, (bias_scale * self.bias).to(x.dtype))
         if beside is None:
             return y
         gate = self.strength() if gate is None else gate

@@ -17,7 +17,7 @@ from _speed_shapes import Shape, half_and_half, one_layer_slices, one_slice, tok
 
 
 # Bounds hold where layers are wide enough: narrower ones, and more blocks, leave a larger share to what joins slices.
-QUICK = Shape("quick", 384, 4, 512, 1, 128, blocks=2)
+QUICK = Shape("quick", 384, 4, 512, 2, 128, blocks=2)
 STATES = Shape("quick states", 128, 2, 512, 1, 128, state_contexts=(256, 2048), steps=16)
 DECODING = Shape("quick decoding", 512, 6, 512, 1, 128, contexts=(256,), wide_contexts=(), steps=8)
 SETTINGS = passes.Settings(seconds=0.5, fewest=7)
