@@ -60,8 +60,8 @@ def weighted_sum(
     weights: list, values: list, always: bool = False, beside: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    sum_j a_j x_j of the x_j that are there. A lone x counts as it is, unless `always` its weight does, too. `beside` is
-    added. A device map may have parted them: the sum is where `beside` is, else the last x.
+    sum_j a_j x_j of the x_j that are there, and `beside`. A lone x counts as it is, unless `always` its weight does,
+    too. A device map may have parted them: the sum is where `beside` is, else the last x.
     """
     if len(values) == 1 and not always:
         return values[0]
