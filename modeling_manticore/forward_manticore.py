@@ -100,7 +100,8 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
-        weights, values = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # asked for once: checkpointing computes them anew at every asking
+        weights, values = saved[: ctx.count], saved[ctx.count :]
         wanted = ctx.needs_input_grad
         of_weights = [_dot(slope, x) if wanted[1 + j] else None for j, x in enumerate(values)]
         of_values = [slope * a if wanted[1 + ctx.count + j] else None for j, a in enumerate(weights)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from modeling_manticore.forward_manticore import weighted_sum
 
@@ -78,3 +79,17 @@ def test_a_compiled_graph_takes_the_plain_products():
     compiled = torch.compile(weighted_sum, backend=keep, fullgraph=True)
     torch.testing.assert_close(compiled(weights, values), naive(weights, values))
     assert len(graphs) == 1
+
+
+def test_checkpointed_sums_ask_for_what_they_saved_once():
+    found = []
+    for checkpointed in (False, True):
+        weights, values, beside = terms(torch.float32, 2)
+
+        def function(*tensors):
+            return weighted_sum(list(tensors[:2]), list(tensors[2:4]), beside=tensors[4]).tanh()
+
+        leaves = (*weights, *values, beside)
+        output = checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
+        found.append(torch.autograd.grad(output.square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
