@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import nn
@@ -18,11 +19,15 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
 )
+from transformers.masking_utils import create_causal_mask
 
 from .configuration_manticore import ManticoreConfig
 from .scan_manticore import use_own_scan
 from .sharing_manticore import kinds_of
 
+
+# What a cache is called among arguments and outputs: another name from transformers 5.24 on.
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 # Families whose layers keep their state on modules instead of in the cache: (convolution state, recurrent state).
 STATE_ON_MODULES = {"recurrent_gemma": ("temporal_block.conv1d_state", "temporal_block.rg_lru.recurrent_states")}

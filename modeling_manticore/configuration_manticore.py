@@ -73,7 +73,7 @@ class ManticoreConfig(PreTrainedConfig):
     """
 
     model_type = "manticore"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     components: list | None = None
     blocks: list | None = None

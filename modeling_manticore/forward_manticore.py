@@ -1,5 +1,7 @@
 """What goes into a forward pass and what comes out of it: checks, positions, losses of routers, the output."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,11 +34,25 @@ class TrunkOutput(NamedTuple):
 
     boundary: tuple
     weights: list
-    past_key_values: ManticoreCache | None
+    cache: ManticoreCache | None
     hidden_states: tuple | None
     router_logits: tuple | None
     aux_loss: torch.Tensor | None
     router_loss: torch.Tensor | None
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """A forward that takes `cache`, as it is called from transformers 5.24 on, for `past_key_values`, too."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, cache: ManticoreCache | None = None, **kwargs):
+        if cache is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("cache: got one beside past_key_values, allowed is one of them.")
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .cache_manticore import ManticoreCache, describe
+from .cache_manticore import CACHE, ManticoreCache, describe
 from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
 from .forward_manticore import (
     ManticoreModelOutput,
@@ -28,6 +28,7 @@ from .forward_manticore import (
     rope_limits,
     router_collectors,
     router_losses,
+    takes_cache,
     weighted_sum,
 )
 from .mixing_manticore import (
@@ -202,6 +203,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -264,14 +266,14 @@ class ManticoreModel(ManticorePreTrainedModel):
             past_key_values.advance(tokens)
         aux_loss, router_loss = router_losses(self.config, routers, attention_mask)
         found = {
-            "past_key_values": past_key_values if use_cache else None,
+            CACHE: past_key_values if use_cache else None,
             "hidden_states": tuple(streams) if any(wanted) else None,
             "router_logits": tuple(logits for collected in routers.values() for logits in collected) or None,
             "aux_loss": aux_loss,
             "router_loss": router_loss,
         }
         if return_boundary:
-            return TrunkOutput(boundary, weights, **found)
+            return TrunkOutput(boundary, weights, *found.values())
         return ManticoreModelOutput(last_hidden_state=self._stream(boundary), **found)
 
     def _stream(self, boundary: Boundary) -> torch.Tensor:
@@ -339,6 +341,7 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         next(iter(self.heads.values())).set_output_embeddings(new_embeddings)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -384,9 +387,9 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
+            **{CACHE: outputs.cache},
         )
 
     def _logits(self, boundary: Boundary, block_weights: list) -> torch.Tensor:
@@ -400,22 +403,18 @@ class ManticoreForCausalLM(ManticorePreTrainedModel, GenerationMixin):
         ]
         return weighted_sum(gates, logits)
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation: got {generation_config.cache_implementation!r}, allowed are None and "
-                    "'dynamic': a hybrid's cache mixes key-value and recurrent layers."
-                )
-            model_kwargs["past_key_values"] = ManticoreCache(self.config)
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: got {generation_config.cache_implementation!r}, allowed are None and "
+                "'dynamic': a hybrid's cache mixes key-value and recurrent layers."
+            )
+        model_kwargs[CACHE] = ManticoreCache(self.config)
+        if generation_config.is_assistant:
+            model_kwargs[CACHE].activate_past_recording()
 
 
 class ManticoreForSequenceClassification(GenericForSequenceClassification, ManticorePreTrainedModel):

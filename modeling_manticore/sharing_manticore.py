@@ -15,6 +15,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -225,7 +226,12 @@ def _nothing(self) -> None:
     """A forward, to see what transformers' wrappers make of one."""
 
 
-WRAPPERS = {wrap(_nothing).__code__ for wrap in (can_return_tuple, capture_outputs, merge_with_config_defaults)}
+RENAMED = deprecate_kwarg(
+    "past_key_values", "5.40.0", new_name="cache"
+)  # from transformers 5.24 on; ours say the new name
+WRAPPERS = {
+    wrap(_nothing).__code__ for wrap in (can_return_tuple, capture_outputs, merge_with_config_defaults, RENAMED)
+}
 
 
 @functools.cache
@@ -282,17 +288,18 @@ def _shared(builder):
 
 
 def _mask_key(
-    builder, config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **others
+    builder, config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, cache=None, **others
 ) -> tuple | None:
     """
     All that a mask depends on; None where the cache does not say. Of the embeddings only shape and kind count, of a
     cache the kinds of its layers and the tokens that all of them have seen.
     """
     seen = None
-    if past_key_values is not None:
-        if (kinds := getattr(past_key_values, "kinds", None)) is None:
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        if (kinds := getattr(cache, "kinds", None)) is None:
             return None
-        seen = id(past_key_values.parent), past_key_values.get_seq_length(), kinds
+        seen = id(cache.parent), cache.get_seq_length(), kinds
     same = tuple((name, id(value)) for name, value in others.items())
     kind = inputs_embeds.shape[:2], inputs_embeds.dtype, inputs_embeds.device
     return builder, id(config), id(attention_mask), id(position_ids), seen, same, kind
@@ -311,8 +318,8 @@ def _idle_mask(owner, builder, kwargs):
     if key not in (found := owner.idle_masks):
         if any(len(given) != rows for _, rows, *_ in found):
             found.clear()
-        no_cache = {name: None for name in ("attention_mask", "past_key_values", "position_ids") if name in kwargs}
-        found[key] = builder(**kwargs | no_cache)
+        names = ("attention_mask", "past_key_values", "cache", "position_ids")
+        found[key] = builder(**kwargs | {name: None for name in names if name in kwargs})
     return found[key]
 
 

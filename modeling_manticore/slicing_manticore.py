@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .cache_manticore import PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
+from .cache_manticore import CACHE, PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
 from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, share_tables, sharing
 
@@ -28,6 +28,9 @@ LEARNED_POSITIONS = ("wpe", "embed_positions")
 UNIT_FACTORS = ("normalizer", "embedding_multiplier")  # buffers or numbers that scale the embeddings
 
 # Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
+# Families that take the mask of the tokens they are given, and none for a single one.
+MASK_OF_PRESENT_TOKENS = ("mamba", "mamba2", "falcon_mamba")
+
 ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
 
 
@@ -236,13 +239,12 @@ def _run_view(view, input_ids, inputs_embeds, attention_mask, position_ids, cach
     arguments = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if "position_ids" in accepted:
         arguments["position_ids"] = position_ids
-    recurrent = "cache_params" in accepted
-    if recurrent and attention_mask is not None:
+    if family in MASK_OF_PRESENT_TOKENS and attention_mask is not None:
         attention_mask = attention_mask[:, -tokens:] if tokens > 1 else None
     arguments["attention_mask"] = attention_mask
     arguments["use_cache"] = cache is not None
     if cache is not None:
-        arguments["cache_params" if recurrent else "past_key_values"] = cache
+        arguments[next(name for name in (CACHE, "cache_params", "past_key_values") if name in accepted)] = cache
     if router_logits is not None:
         arguments["output_router_logits"] = True
         output = view(**arguments)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from transformers.cache_utils import DynamicLayer
 
 from ..building.costs import running_flops
-from ..cache_manticore import cache_growth
+from ..cache_manticore import CACHE, cache_growth
 from ..configuration_manticore import ManticoreConfig
 from ..mixing_manticore import Projector
 from ..modeling_manticore import ManticoreForCausalLM
@@ -114,7 +114,7 @@ def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> list[int] | Non
             output = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         except (RuntimeError, NotImplementedError):  # some operators of experts have no meta kernel
             return None
-    found = output.get("past_key_values", output.get("cache_params"))
+    found = output.get(CACHE, output.get("cache_params"))
     if not isinstance(found, DynamicCache):
         return None
     sizes = []

@@ -41,7 +41,7 @@ OWN_ARGUMENTS = {
     *("eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "load_best_model_at_end", "push_to_hub"),
     *("remove_unused_columns", "label_names", "disable_tqdm"),
 }
-SIDE_OUTPUTS = ["past_key_values", "hidden_states", "aux_loss", "router_logits"]
+SIDE_OUTPUTS = ["past_key_values", "cache", "hidden_states", "aux_loss", "router_logits"]
 
 
 def program(
