@@ -217,5 +217,6 @@ def test_the_command(same, tmp_path, capsys):
     file.write_text(yaml.safe_dump({"components": same, "num_blocks": 9}))
     assert main(["plan", str(file)]) == 2
     printed = capsys.readouterr()
-    assert "problem: num_blocks" in printed.out and "it cannot be built" in printed.err
+    assert "num_blocks: got 9" not in printed.out and "it cannot be built" in printed.err  # said once
+    assert printed.err.count("num_blocks: got 9") == 1
     assert main(["plan", "no-such.yaml"]) == 2 and main(["plan", "nothing"]) == 2

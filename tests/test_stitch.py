@@ -184,7 +184,7 @@ def test_report_folder(tmp_path):
         "report.html",
         "stitch.json",
     ]
-    assert len(str(report).splitlines()) == 4 and report.best.slices in str(report)
+    assert len(str(report).splitlines()) == 5 and report.best.slices in str(report)
     for kind in ("parameters", "cache_bytes_per_token", "flops_per_token"):
         front = report.pareto(kind)
         for c in report.candidates:

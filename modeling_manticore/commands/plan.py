@@ -1,7 +1,7 @@
 """`manticore plan`: what a recipe would make and what it would take. No weights are downloaded."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .parsing import parse_options, require, require_positive
 
@@ -38,7 +38,12 @@ def run(arguments: list[str]) -> None:
     logging.set_verbosity_error()
     question = ClusterQuestion(options.gpus, options.batch_size, options.row_length) if options.gpus else None
     made = plan(options.recipe, question)
-    print(json.dumps(made.to_dict(), indent=2) if options.json else made)
+    if options.json:
+        print(json.dumps(made.to_dict(), indent=2))
+    elif not made.problems:
+        print(made)
+    else:  # the error has the problems, in one line
+        print(replace(made, problems=[]))
     made.check()
 
 

@@ -21,7 +21,7 @@ class PushOptions:
     commit_message: str = field(default="Upload hybrid", metadata={"help": "First line of the commit."})
     allow_local_sources: bool = field(
         default=False,
-        metadata={"help": "Write 'local' in place of absolute local paths, which are otherwise refused."},
+        metadata={"help": "Write 'local' in place of local paths and folders, which are otherwise refused."},
     )
     patience: int = field(default=60, metadata={"help": "Seconds without a sign of life after which it gives up."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of text."})

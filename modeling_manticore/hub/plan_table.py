@@ -19,7 +19,9 @@ def table(plan: "Plan") -> str:
             f"{component['parameters']:,} numbers ({', '.join(component['stored_as']) or 'not yet made'})"
         )
         gated = f", gated ({component['gated']})" if component["gated"] else ""
-        lines.append(f"      licence {component['license']}, from {component['license_from']}{gated}")
+        known = component["license"] != "unknown"
+        told = f"licence {component['license']}, from {component['license_from']}" if known else "licence unknown"
+        lines.append(f"      {told}{gated}")
     for b, paths in enumerate(plan.blocks):
         lines.append(f"  block {b}: {' | '.join(paths)}")
     if plan.vocabulary is not None:

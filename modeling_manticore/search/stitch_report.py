@@ -87,6 +87,7 @@ class StitchReport:
         widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
         lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in [names, *rows]]
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        lines.append("Pareto: p, k, f where no hybrid with fewer parameters, KV bytes, FLOPs has a lower loss")
         lines.append(f"{len(self.candidates)} hybrids scored ({self.method}, bridges {self.order}); {seconds}")
         return "\n".join(lines)
 

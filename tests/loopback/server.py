@@ -401,6 +401,8 @@ ROUTES = [
     ("POST", "/api/repos/create", HubHandler.create),
     ("POST", "/api/validate-yaml", HubHandler.validate),
     ("GET", REPO, HubHandler.info),
+    ("GET", r"/api/models/([^/]+)", HubHandler.info),  # a name without owner, of which there is none here
+    ("GET", r"/api/models/([^/]+)/revision/([^/]+)", HubHandler.info),
     ("GET", REPO + "/revision/([^/]+)", HubHandler.info),
     ("GET", REPO + "/tree/([^/]+)", HubHandler.tree),
     ("GET", REPO + "/tree/([^/]+)/(.+)", HubHandler.tree),
