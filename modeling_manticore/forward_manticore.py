@@ -90,7 +90,7 @@ def weighted_sum(
     if fits and all(x.shape == values[0].shape for x in values):
         return _WeightedSum.apply(len(terms), *weights, *values, beside)
     products = [a * x for a, x in terms]
-    return sum(products[1:], products[0] if beside is None else beside.to(products[0].dtype) + products[0])
+    return sum(products[1:], products[0] if beside is None else beside + products[0])
 
 
 class _WeightedSum(torch.autograd.Function):

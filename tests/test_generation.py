@@ -1,5 +1,7 @@
 """Cached generation against a full forward, left padding against single rows, beams against no cache."""
 
+import copy
+
 import pytest
 import torch
 from tiny import component, tokens
@@ -87,3 +89,14 @@ def test_foreign_caches_attentions_and_far_positions_are_refused():
         hybrid(tokens(1, 65))
     with pytest.raises(ValueError, match="cache_implementation: got 'static'"):
         hybrid.generate(tokens(), max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_the_cache_is_taken_by_its_new_name_too():
+    hybrid, ids = HYBRIDS["gpt_neox+mamba"](), tokens()
+    first = hybrid(ids[:, :6], use_cache=True)
+    caches = [first.past_key_values, copy.deepcopy(first.past_key_values)]
+    old = hybrid(ids[:, 6:7], past_key_values=caches[0]).logits
+    assert torch.equal(hybrid(ids[:, 6:7], cache=caches[1]).logits, old) and caches[1].get_seq_length() == 7
+    with pytest.raises(ValueError, match="cache: got one beside past_key_values"):
+        hybrid(ids[:, 7:8], cache=caches[0], past_key_values=caches[1])

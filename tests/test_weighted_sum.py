@@ -66,6 +66,8 @@ def test_what_is_not_there_and_what_does_not_fit():
     mixed = weighted_sum(weights, [values[0], half[1], values[2]])
     assert torch.equal(mixed, naive(weights, [values[0], half[1], values[2]])) and mixed.dtype == torch.float32
     assert torch.equal(weighted_sum([1.0, 2.0], values[:2]), values[0] + 2 * values[1])
+    above = weighted_sum(weights[:1], half[:1], always=True, beside=values[1])  # the higher precision stays
+    assert above.dtype == torch.float32 and torch.equal(above, values[1] + weights[0] * half[0])
 
 
 def test_a_compiled_graph_takes_the_plain_products():
