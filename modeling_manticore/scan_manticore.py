@@ -1,20 +1,28 @@
 """
-The selective scan of Mamba-1 on a CPU without kernels: in chunks of time that stay in the processor's cache, with a
-backward pass of its own that computes states again instead of keeping them.
+What mixers of Mamba compute on a CPU without kernels: the scan of Mamba-1 and the short convolution of Mamba-2, each
+with a backward pass of its own, and the switch that lets mixers use them and the scan of Mamba-2.
 
-The families' own loop takes time that grows with the square of the tokens in its backward pass. Only mixers of a
-hybrid get this scan, by a subclass; other models in the process keep their own.
+The scan goes through chunks of time that stay in the processor's cache and computes states again instead of keeping
+them; the families' own loop takes time that grows with the square of the tokens in its backward pass. Only mixers of a
+hybrid get this code, by a subclass; other models in the process keep their own.
 """
 
 import importlib.util
 import inspect
 import types
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
+
+from .chunk_scan_manticore import chunk_scan
 
 
-FAMILY_SCAN = "mamba_selective_scan"  # what the mixers of mamba, falcon_mamba and jamba call by this name
+OWN = {  # by the scan that a mixer calls, under the families' names: what it gets of ours
+    "mamba_selective_scan": {"mamba_selective_scan": "selective_scan"},
+    "mamba2_chunk_scan": {"mamba2_chunk_scan": "chunk_scan", "causal_conv1d_fn": "causal_conv"},
+}
 CACHED_NUMBERS = 2**18  # of a chunk's (tokens, batch, state, channels)
 LONGEST_CHUNK = 64
 
@@ -128,47 +136,106 @@ def _states(x, steps, A, B, state) -> tuple[torch.Tensor, torch.Tensor]:
     return decay, states
 
 
+def causal_conv(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    Every channel's sum of its last tokens with weights, and `activation` (a name of transformers'); computed in
+    float32 at least. In memory the result has the order of `hidden_states`.
+
+    Args:
+        hidden_states: (batch, channels, tokens). weight: (channels, width), the last for the token itself.
+        bias: (channels,).
+        kwargs: of the families' own; they change nothing here.
+
+    Returns:
+        (batch, channels, tokens), of the states' dtype.
+    """
+    kind = torch.promote_types(torch.promote_types(hidden_states.dtype, weight.dtype), torch.float32)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    silu = activation in ("silu", "swish")
+    mixed = _Conv.apply(hidden_states.mT.to(kind), weight.to(kind), bias.to(kind), silu).mT
+    if activation is not None and not silu:
+        mixed = ACT2FN[activation](mixed)
+    return mixed.to(hidden_states.dtype)
+
+
+class _Conv(torch.autograd.Function):
+    """x (batch, T, D), weight (D, width), bias (D,) -> like x, after silu or not."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, silu):
+        ctx.silu, taps = silu, weight.t().contiguous().flip(0)  # the token's own first
+        mixed = torch.addcmul(bias, x, taps[0])
+        for back in range(1, len(taps)):
+            mixed[:, back:].addcmul_(x[:, :-back], taps[back])
+        ctx.save_for_backward(x, taps, *([mixed] if silu else []))
+        return nn.functional.silu(mixed) if silu else mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, taps, *mixed = ctx.saved_tensors
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, *mixed)
+        grad_x, grad_taps = grad * taps[0], [(grad * x).sum((0, 1))]
+        for back in range(1, len(taps)):
+            grad_x[:, :-back].addcmul_(grad[:, back:], taps[back])
+            grad_taps.append((grad[:, back:] * x[:, :-back]).sum((0, 1)))
+        return grad_x, torch.stack(grad_taps[::-1], dim=1), grad.sum((0, 1)), None
+
+
 _SUBCLASSES: dict[type, type] = {}
 
 
 def use_own_scan(layer: nn.Module) -> None:
     """
-    Let the mixers of a layer whose forward calls a `mamba_selective_scan` use this module's scan for tensors on a
-    CPU, unless the package mamba-ssm is installed. On other devices, with `use_mambapy`, and while a graph is being
-    captured the family's own runs.
+    Let the mixers of a layer whose forward calls a scan in `OWN` use this package's code for tensors on a CPU, unless
+    the package mamba-ssm is installed. On other devices, with `use_mambapy`, and while a graph is being captured the
+    family's own runs.
     """
     if importlib.util.find_spec("mamba_ssm") is None:
         for mixer in layer.modules():
             kind = type(mixer)
-            if FAMILY_SCAN in getattr(inspect.unwrap(kind.forward), "__code__", use_own_scan.__code__).co_names:
-                mixer.__class__ = _SUBCLASSES.get(kind) or _subclass(kind)
+            called = getattr(inspect.unwrap(kind.forward), "__code__", use_own_scan.__code__).co_names
+            for scan in OWN.keys() & set(called):
+                if kind.__module__ != __name__:
+                    mixer.__class__ = _SUBCLASSES.get(kind) or _subclass(kind, OWN[scan])
 
 
-def _subclass(kind: type) -> type:
-    """The class with the scan in place of its own, also for pickle, which looks classes up by name."""
-    theirs = inspect.unwrap(kind.forward).__globals__[FAMILY_SCAN]
-
-    def scan(hidden_states, *args, use_mambapy: bool = False, **kwargs):
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if hidden_states.device.type != "cpu" or use_mambapy or captured:
-            return theirs(hidden_states, *args, use_mambapy=use_mambapy, **kwargs)
-        return selective_scan(hidden_states, *args, **kwargs)
-
+def _subclass(kind: type, functions: dict[str, str]) -> type:
+    """The class with this package's functions in place of its own, also for pickle, which looks up by name."""
+    theirs = inspect.unwrap(kind.forward).__globals__
+    own = {called: _on_cpu(theirs[called], function) for called, function in functions.items()}
     name = f"{kind.__module__.rpartition('.')[2]}_{kind.__name__}"
-    content = {"forward": _with_global(kind.forward, FAMILY_SCAN, scan), "__module__": __name__, "__qualname__": name}
+    content = {"forward": _with_globals(kind.forward, own), "__module__": __name__, "__qualname__": name}
     _SUBCLASSES[kind] = globals()[name] = type(kind.__name__, (kind,), content)
     return _SUBCLASSES[kind]
 
 
-def _with_global(function: types.FunctionType, name: str, value) -> types.FunctionType:
-    """A copy of a function, and of what it wraps, that finds `value` under a global name."""
+def _on_cpu(theirs: Callable, own: str) -> Callable:
+    def function(hidden_states, *args, **kwargs):
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if hidden_states.device.type != "cpu" or kwargs.get("use_mambapy") or captured:
+            return theirs(hidden_states, *args, **kwargs)
+        return globals()[own](hidden_states, *args, **kwargs)
+
+    return function
+
+
+def _with_globals(function: types.FunctionType, values: dict[str, Callable]) -> types.FunctionType:
+    """A copy of a function, and of what it wraps, that finds `values` under global names."""
     inner, closure = getattr(function, "__wrapped__", None), function.__closure__
     if inner is not None:
-        replaced = _with_global(inner, name, value)
+        replaced = _with_globals(inner, values)
         closure = tuple(types.CellType(replaced) if c.cell_contents is inner else c for c in closure)
     # Without a module's name, torch.compile takes the values from here and not from that module.
     others = {key: found for key, found in function.__globals__.items() if key != "__name__"}
-    names = others | {name: value} if inner is None else function.__globals__
+    names = others | values if inner is None else function.__globals__
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
@@ -177,4 +244,4 @@ def _with_global(function: types.FunctionType, name: str, value) -> types.Functi
     return copy
 
 
-__all__ = ["selective_scan"]
+__all__ = ["causal_conv", "chunk_scan", "selective_scan"]

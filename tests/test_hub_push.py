@@ -20,7 +20,7 @@ from modeling_manticore.hub.push import push_folder
 from modeling_manticore.hub.staging import remove_stale
 
 
-PARTS = ("cache", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing")
+PARTS = ("cache", "chunk_scan", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing")
 CODE = {f"{name}_manticore.py" for name in PARTS}
 
 

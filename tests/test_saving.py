@@ -13,6 +13,7 @@ from modeling_manticore import ManticoreForCausalLM
 
 CODE = {
     "cache_manticore.py",
+    "chunk_scan_manticore.py",
     "configuration_manticore.py",
     "forward_manticore.py",
     "mixing_manticore.py",

@@ -1,4 +1,4 @@
-"""The CPU scan of Mamba-1 against a plain float64 recurrence, against the families' own, and where it is used."""
+"""The CPU scans against a plain float64 recurrence, against the families' own, and where they are used."""
 
 import copy
 import inspect
@@ -8,11 +8,14 @@ import pytest
 import torch
 from tiny import component, tokens
 
-from modeling_manticore import ManticoreForCausalLM, discretize, scan_manticore
-from modeling_manticore.scan_manticore import FAMILY_SCAN, selective_scan
+from modeling_manticore import ManticoreForCausalLM, chunk_scan_manticore, discretize, scan_manticore
+from modeling_manticore.chunk_scan_manticore import chunk_scan
+from modeling_manticore.scan_manticore import OWN, causal_conv, selective_scan
 
 
-FAMILIES = ("mamba", "falcon_mamba", "jamba")
+MAMBA_1, MAMBA_2 = "mamba_selective_scan", "mamba2_chunk_scan"
+SCANS = {"mamba": MAMBA_1, "falcon_mamba": MAMBA_1, "jamba": MAMBA_1}
+SCANS |= dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid"), MAMBA_2)
 NAMES = ("hidden_states", "dt", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -104,18 +107,150 @@ def test_autocast_does_not_reach_the_sums():
     assert worst(found, plain(**double)) < 1e-6 and worst(grads, gradients(plain(**double), double)) < 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+CHUNKED = ("hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
+
+
+def chunked_inputs(tokens: int, dtype=torch.float64, heads: int = 4, channels: int = 3, groups: int = 2) -> dict:
+    draw, batch, state = torch.Generator().manual_seed(tokens), 2, 5
+    shapes = {"hidden_states": (batch, tokens, heads, channels), "dt": (batch, tokens, heads), "A": (heads,)}
+    shapes |= {"B": (batch, tokens, groups, state), "C": (batch, tokens, groups, state), "D": (heads,)}
+    shapes |= {"dt_bias": (heads,), "initial_states": (batch, heads, channels, state)}
+    made = {name: torch.randn(shapes[name], generator=draw, dtype=torch.float64) for name in CHUNKED}
+    made["A"] = -made["A"].exp()
+    return {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+
+
+def plain_chunked(hidden_states, dt, A, B, C, D, dt_bias, initial_states):
+    """The recurrence, token by token, in float64."""
+    x, dt, A, B, C, D, bias, h = (part.double() for part in (hidden_states, dt, A, B, C, D, dt_bias, initial_states))
+    dt, outputs = torch.log1p(torch.exp(dt + bias)), []
+    B, C = (part.repeat_interleave(x.shape[2] // part.shape[2], dim=2) for part in (B, C))
+    for t in range(x.shape[1]):
+        step = dt[:, t, :, None, None]
+        h = torch.exp(step * A[:, None, None]) * h + step * x[:, t, :, :, None] * B[:, t, :, None, :]
+        outputs.append((h * C[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(outputs, 1), h
+
+
+def ours_chunked(given: dict):
+    return chunk_scan(**given, dt_softplus=True, return_final_states=True)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("count", [1, 5, 32, 33, 150])
+def test_mamba2_values_and_gradients_of_float32(count, groups):
+    single, double = (chunked_inputs(count, dtype, groups=groups) for dtype in (torch.float32, torch.float64))
+    found, expected = ours_chunked(single), plain_chunked(**double)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert worst(found, expected) < 1e-6
+    assert worst(gradients(found, single), gradients(expected, double)) < 1e-6
+
+
+def test_mamba2_with_a_decay_that_forgets_at_once():
+    single, double = chunked_inputs(100, torch.float32), chunked_inputs(100)
+    for given in (single, double):
+        with torch.no_grad():
+            given["A"] *= 50  # sums over a chunk of about -2,000
+    assert worst(ours_chunked(single), plain_chunked(**double)) < 1e-6
+
+
+@pytest.mark.parametrize("chunk, numbers", [(2, 10**9), (3, 1), (3, 150), (32, 10**9)])
+def test_mamba2_gradcheck(monkeypatch, chunk, numbers):
+    monkeypatch.setattr(chunk_scan_manticore, "CHUNK", chunk)
+    monkeypatch.setattr(chunk_scan_manticore, "NUMBERS", numbers)
+    given = chunked_inputs(11, heads=2, channels=2)
+    assert torch.autograd.gradcheck(lambda *v: ours_chunked(dict(zip(CHUNKED, v))), tuple(given.values()))
+    stateless = tuple(value for name, value in given.items() if name != "initial_states")
+    alone = lambda *values: chunk_scan(**dict(zip(CHUNKED, values)), dt_softplus=True)  # noqa: E731
+    assert torch.autograd.gradcheck(alone, stateless)
+    zeros = given | {"initial_states": torch.zeros_like(given["initial_states"])}
+    torch.testing.assert_close(alone(*stateless), plain_chunked(**zeros)[0], atol=1e-12, rtol=0)
+
+
+def test_mamba2_a_text_in_two_parts():
+    given = chunked_inputs(50)
+    y, last = ours_chunked(given)
+    timed = ("hidden_states", "dt", "B", "C")
+    first = {name: value[:, :37] if name in timed else value for name, value in given.items()}
+    second = {name: value[:, 37:] if name in timed else value for name, value in given.items()}
+    y_first, middle = ours_chunked(first)
+    y_second, end = ours_chunked(second | {"initial_states": middle})
+    assert y.is_contiguous() and last.is_contiguous()
+    torch.testing.assert_close(torch.cat([y_first, y_second], 1), y, atol=1e-13, rtol=0)
+    torch.testing.assert_close(end, last, atol=1e-13, rtol=0)
+
+
+def test_mamba2_half_precision_and_autocast():
+    given = {name: value.detach().bfloat16() for name, value in chunked_inputs(40).items()}
+    found = ours_chunked(given)
+    assert found[1].dtype == torch.float32 and worst(found, plain_chunked(**given)) < 0.01
+    single, double = chunked_inputs(40, torch.float32), chunked_inputs(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours_chunked(single)
+        grads = gradients(found, single)
+    expected = plain_chunked(**double)
+    assert worst(found, expected) < 1e-6 and worst(grads, gradients(expected, double)) < 1e-6
+
+
+def test_mamba2_limits_of_the_time_step():
+    given = chunked_inputs(20)
+    limited = chunk_scan(**given, dt_softplus=True, dt_limit=(0.1, 0.5))
+    steps = torch.nn.functional.softplus(given["dt"] + given["dt_bias"]).clamp(0.1, 0.5)
+    again = chunk_scan(**given | {"dt": steps, "dt_bias": None})
+    torch.testing.assert_close(limited, again, atol=1e-13, rtol=0)
+
+
+def conv_inputs(tokens: int, dtype=torch.float64) -> tuple:
+    draw = torch.Generator().manual_seed(tokens)
+    shapes = ((2, 6, tokens), (6, 4), (6,))
+    return tuple(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 50])
+def test_convolutions_against_the_familys(count, activation):
+    theirs = inspect.getmodule(type(component("mamba2", 0))).causal_conv1d_fn
+    given = conv_inputs(count, torch.float32)
+    named = dict(zip(("hidden_states", "weight", "bias"), given))
+    found, expected = (function(*given, activation) for function in (causal_conv, theirs))
+    assert found.shape == expected.shape and worst([found], [expected.double()]) < 1e-6
+    exact = [g.double() for g in gradients([expected], named)]
+    assert worst(gradients([found], named), exact) < 1e-6
+    torch.testing.assert_close(causal_conv(*given[:2]), theirs(*given[:2]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("count", [2, 7])
+def test_convolutions_gradcheck(count, activation):
+    assert torch.autograd.gradcheck(lambda *values: causal_conv(*values, activation), conv_inputs(count))
+
+
+def test_convolutions_of_half_precision_and_of_a_cut():
+    exact, half = conv_inputs(30), conv_inputs(30, torch.bfloat16)
+    found = causal_conv(*half, "silu")
+    assert found.dtype == torch.bfloat16 and worst([found], [causal_conv(*exact, "silu")]) < 0.01
+    wide = torch.randn(2, 30, 20, dtype=torch.float64)
+    cut = wide[..., 3:9].transpose(1, 2)  # as families cut it out of a projection
+    torch.testing.assert_close(causal_conv(cut, *exact[1:]), causal_conv(cut.contiguous(), *exact[1:]), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", SCANS)
 def test_the_familys_own_scan_agrees(family):
-    given = {name: value for name, value in inputs(70, torch.float32).items() if name != "initial_state"}
-    module = inspect.getmodule(type(component(family, 0)))
-    theirs = getattr(module, FAMILY_SCAN)(**given, delta_softplus=True, return_last_state=True)
-    found = ours(given)
+    theirs = getattr(inspect.getmodule(type(component(family, 0))), SCANS[family])
+    if SCANS[family] == MAMBA_2:
+        given = chunked_inputs(70, torch.float32)
+        theirs = theirs(**given, chunk_size=16, dt_softplus=True, return_final_states=True)
+        found = ours_chunked(given)
+    else:
+        given = {name: value for name, value in inputs(70, torch.float32).items() if name != "initial_state"}
+        theirs = theirs(**given, delta_softplus=True, return_last_state=True)
+        found = ours(given)
     assert worst(found, [t.double() for t in theirs]) < 1e-6
-    assert worst(gradients(found, given), [g.double() for g in gradients(theirs, given)]) < 1e-6
+    assert worst(gradients(found, given), [g.double() for g in gradients(theirs, given)]) < 2e-6
 
 
 def mixers(model) -> list:
-    return [m for m in model.modules() if FAMILY_SCAN in _names(type(m))]
+    return [m for m in model.modules() if not OWN.keys().isdisjoint(_names(type(m)))]
 
 
 def _names(kind: type) -> tuple:
@@ -125,15 +260,19 @@ def _names(kind: type) -> tuple:
 def counted(monkeypatch) -> list:
     calls = []
 
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return selective_scan(*args, **kwargs)
+    def counting(own):
+        def scan(*args, **kwargs):
+            calls.append(1)
+            return own(*args, **kwargs)
 
-    monkeypatch.setattr(scan_manticore, "selective_scan", counting)
+        return scan
+
+    for own in (selective_scan, chunk_scan, causal_conv):
+        monkeypatch.setattr(scan_manticore, own.__name__, counting(own))
     return calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCANS)
 def test_hybrids_use_it_and_nobody_else(family, monkeypatch):
     calls, alone = counted(monkeypatch), component(family, 0)
     theirs = [type(mixer) for mixer in mixers(alone)]
@@ -144,12 +283,15 @@ def test_hybrids_use_it_and_nobody_else(family, monkeypatch):
         expected = alone(tokens()).logits
         assert not calls and [type(mixer) for mixer in mixers(alone)] == theirs
         torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=0)
-    assert len(calls) == len(own)
+    assert len(calls) == len(own) * len(OWN[SCANS[family]])
 
 
-def test_without_it_when_the_kernels_are_installed(monkeypatch):
-    monkeypatch.setattr(scan_manticore.importlib.util, "find_spec", lambda name: name == "mamba_ssm" or None)
-    model = ManticoreForCausalLM.from_components([component("mamba", 0), component("gpt2", 1)], num_blocks=2)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_without_it_when_the_kernels_are_installed(family, monkeypatch):
+    monkeypatch.setattr(
+        scan_manticore.importlib.util, "find_spec", lambda name: name in ("mamba_ssm", "causal_conv1d") or None
+    )
+    model = ManticoreForCausalLM.from_components([component(family, 0), component("gpt2", 1)], num_blocks=2)
     assert all(type(m).__module__.startswith("transformers.") for m in mixers(model))
 
 
@@ -162,10 +304,13 @@ def test_mambapy_is_left_to_the_family(monkeypatch):
     assert not calls
 
 
-def test_copies_and_pickles_keep_it(monkeypatch):
-    model = ManticoreForCausalLM.from_components([component("mamba", 0), component("gpt2", 1)], num_blocks=2)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_copies_and_pickles_keep_it(family, monkeypatch):
+    model = ManticoreForCausalLM.from_components([component(family, 0), component("gpt2", 1)], num_blocks=2)
     expected, calls = model(tokens()).logits, counted(monkeypatch)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert {type(m) for m in mixers(other)} == {type(m) for m in mixers(model)}
         del calls[:]
-        assert torch.equal(other(tokens()).logits, expected) and len(calls) == len(mixers(other))
+        assert torch.equal(other(tokens()).logits, expected) and len(calls) == len(OWN[SCANS[family]]) * len(
+            mixers(other)
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..processes import small_process
 from ..progress import progress_bar
 
 
@@ -60,14 +61,8 @@ def save_rows(rows: torch.LongTensor, file: Path) -> str:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment for a process that shares a small machine: few threads that sleep when idle, memory kept."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": "34359738368",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    """The environment for a process that shares a small machine."""
+    return os.environ | small_process(threads)
 
 
 def run_jobs(jobs: list[Job], workers: int = 2) -> None:

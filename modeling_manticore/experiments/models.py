@@ -11,6 +11,7 @@ from .. import Budget, ManticoreForCausalLM, calibrate, cost_table, discretize
 from ..building.costs import count
 from ..building.discretize import usable_paths
 from ..building.limits import argmax_under
+from ..scan_manticore import use_own_scan
 from ..search.stages import mixture_modules
 from ..tasks.mad.decoder import CompressionModel
 from .architectures import (
@@ -96,8 +97,11 @@ def choice_of(hybrid: PreTrainedModel) -> list[int]:
 
 def _headed(config: PreTrainedConfig, request: Request) -> nn.Module:
     if request.head == "tokens":
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+        use_own_scan(model)  # components have what hybrids have, so that seconds compare
+        return model
     trunk = AutoModel.from_config(config)
+    use_own_scan(trunk)
     if request.head == "last_state":
         return CompressionModel(trunk, request.sizes.vocabulary, request.sizes.length)
     return ClassificationModel(trunk, request.sizes.classes)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..processes import small_process
 from ..tasks.text import cache_folder
 from .jobs import Chain, Job, chains_of, shard_of
 from .records import Cache, entry_of, finite, lines_file, read_lines, write_lines
@@ -27,7 +28,7 @@ DISTRIBUTED = (
 )
 DEVICES = "CUDA_VISIBLE_DEVICES"
 Work = Callable[[dict[str, Any]], dict[str, Any]]
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+PROCESS = small_process(threads=1)
 
 
 class RunFailed(RuntimeError):
@@ -293,14 +294,14 @@ def _answer(work: Work | None, settings: dict) -> tuple[dict | None, str | None]
 @contextmanager
 def _environment() -> Iterator[None]:
     """One thread a process, of a launcher nothing but the process's own GPU; as before afterwards."""
-    names = (*DISTRIBUTED, *THREADS, DEVICES)
+    names = (*DISTRIBUTED, *PROCESS, DEVICES)
     before = {name: os.environ[name] for name in names if name in os.environ}
     if "LOCAL_RANK" in before and torch.cuda.device_count() > 1:
         local, devices = int(before["LOCAL_RANK"]), before.get(DEVICES, "").split(",")
         os.environ[DEVICES] = devices[local % len(devices)] or str(local % torch.cuda.device_count())
     for name in DISTRIBUTED:
         os.environ.pop(name, None)
-    os.environ.update(THREADS)
+    os.environ.update(PROCESS)
     try:
         yield
     finally:
