@@ -1,6 +1,9 @@
 """
-The scan of Mamba-2 on a CPU without kernels: matrix products over short chunks that the heads of a group share, and a
-backward pass of its own. The families' own has a product for each head, over chunks as long as suits a GPU.
+The scan of Mamba-2 on a CPU without kernels, over many tokens and of one.
+
+Over many: matrix products over short chunks that the heads of a group share, and a backward pass of its own. The
+families' own has a product for each head, over chunks as long as suits a GPU. Of one: the state changes in place, with
+one decay for a head where the families' own has one for each number of the state.
 """
 
 import torch
@@ -215,4 +218,48 @@ class _Chunks:
         return self.total[:, :, -1].exp().to(self.x.dtype)[:, :, None, :, None].unbind(1)
 
 
-__all__ = ["chunk_scan"]
+def state_update(
+    state: torch.Tensor,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    z: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    `chunk_scan` of one token, without gradients; what is the same in all of a head comes as its first number.
+
+    Args:
+        state: h before the token, (batch, heads, channels, state); that after it stands there at the end.
+        hidden_states, dt: (batch, heads, channels). A: (heads, channels, state). B, C: (batch, groups, state).
+        D, dt_bias: (heads, channels).
+        z: a gate, (batch, heads, channels); y is multiplied by its silu.
+        kwargs: of the families' own; they change nothing here.
+
+    Returns:
+        y, (batch, heads, channels), of the dtype of `hidden_states`.
+    """
+    steps = dt[..., 0]
+    if dt_bias is not None:
+        steps = steps + dt_bias[:, 0].to(dt.dtype)
+    if dt_softplus:
+        steps = nn.functional.softplus(steps)
+    x, steps, A, B, C = (part.to(state.dtype) for part in (hidden_states, steps, A[:, 0, 0], B, C))
+    by_group = state.unflatten(1, (B.shape[1], -1))
+    state.mul_((steps * A).exp_()[..., None, None])
+    drive = (x * steps.unsqueeze(-1)).unflatten(1, (B.shape[1], -1))
+    by_group.addcmul_(drive.unsqueeze(-1), B[:, :, None, None])
+    y = (by_group.flatten(2, 3) @ C.unsqueeze(-1)).view_as(x)
+    if D is not None:
+        y.addcmul_(x, D)
+    if z is not None:
+        y *= nn.functional.silu(z)
+    return y.to(hidden_states.dtype)
+
+
+__all__ = ["chunk_scan", "state_update"]

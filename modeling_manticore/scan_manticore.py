@@ -16,13 +16,19 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .chunk_scan_manticore import chunk_scan
+from .chunk_scan_manticore import chunk_scan, state_update
 
 
 OWN = {  # by the scan that a mixer calls, under the families' names: what it gets of ours
     "mamba_selective_scan": {"mamba_selective_scan": "selective_scan"},
-    "mamba2_chunk_scan": {"mamba2_chunk_scan": "chunk_scan", "causal_conv1d_fn": "causal_conv"},
+    "mamba2_chunk_scan": {
+        "mamba2_chunk_scan": "chunk_scan",
+        "mamba2_selective_state_update": "state_update",
+        "causal_conv1d_fn": "causal_conv",
+        "causal_conv1d_update": "conv_update",
+    },
 }
+OF_ONE_TOKEN = ("state_update", "conv_update")  # these change a cache in place, so they have no gradients
 CACHED_NUMBERS = 2**18  # of a chunk's (tokens, batch, state, channels)
 LONGEST_CHUNK = 64
 
@@ -189,6 +195,34 @@ class _Conv(torch.autograd.Function):
         return grad_x, torch.stack(grad_taps[::-1], dim=1), grad.sum((0, 1)), None
 
 
+def conv_update(
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """
+    `causal_conv` of one token, without gradients.
+
+    Args:
+        hidden_states: (batch, channels, 1).
+        conv_state: the tokens before it, (batch, channels, at least width - 1); moved on by one at the end.
+
+    Returns:
+        (batch, channels, 1), of the states' dtype.
+    """
+    kind = torch.promote_types(torch.promote_types(hidden_states.dtype, weight.dtype), torch.float32)
+    tokens = torch.cat([conv_state, hidden_states.to(conv_state.dtype)], dim=-1)
+    conv_state.copy_(tokens[..., 1:])
+    mixed = (tokens[..., -weight.shape[1] :].to(kind) * weight.to(kind)).sum(-1, keepdim=True)
+    if bias is not None:
+        mixed += bias.to(kind).unsqueeze(-1)
+    if activation is not None:
+        mixed = ACT2FN[activation](mixed)
+    return mixed.to(hidden_states.dtype)
+
+
 _SUBCLASSES: dict[type, type] = {}
 
 
@@ -196,7 +230,7 @@ def use_own_scan(layer: nn.Module) -> None:
     """
     Let the mixers of a layer whose forward calls a scan in `OWN` use this package's code for tensors on a CPU, unless
     the package mamba-ssm is installed. On other devices, with `use_mambapy`, and while a graph is being captured the
-    family's own runs.
+    family's own runs; so it does for single tokens with a cache and gradients.
     """
     if importlib.util.find_spec("mamba_ssm") is None:
         for mixer in layer.modules():
@@ -218,11 +252,12 @@ def _subclass(kind: type, functions: dict[str, str]) -> type:
 
 
 def _on_cpu(theirs: Callable, own: str) -> Callable:
-    def function(hidden_states, *args, **kwargs):
+    def function(first, *args, **kwargs):
         captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if hidden_states.device.type != "cpu" or kwargs.get("use_mambapy") or captured:
-            return theirs(hidden_states, *args, **kwargs)
-        return globals()[own](hidden_states, *args, **kwargs)
+        graded = own in OF_ONE_TOKEN and torch.is_grad_enabled()
+        if first.device.type != "cpu" or kwargs.get("use_mambapy") or captured or graded:
+            return theirs(first, *args, **kwargs)
+        return globals()[own](first, *args, **kwargs)
 
     return function
 
@@ -244,4 +279,4 @@ def _with_globals(function: types.FunctionType, values: dict[str, Callable]) -> 
     return copy
 
 
-__all__ = ["causal_conv", "chunk_scan", "selective_scan"]
+__all__ = ["causal_conv", "chunk_scan", "conv_update", "selective_scan", "state_update"]

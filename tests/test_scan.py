@@ -9,8 +9,8 @@ import torch
 from tiny import component, tokens
 
 from modeling_manticore import ManticoreForCausalLM, chunk_scan_manticore, discretize, scan_manticore
-from modeling_manticore.chunk_scan_manticore import chunk_scan
-from modeling_manticore.scan_manticore import OWN, causal_conv, selective_scan
+from modeling_manticore.chunk_scan_manticore import chunk_scan, state_update
+from modeling_manticore.scan_manticore import OF_ONE_TOKEN, OWN, causal_conv, conv_update, selective_scan
 
 
 MAMBA_1, MAMBA_2 = "mamba_selective_scan", "mamba2_chunk_scan"
@@ -234,6 +234,42 @@ def test_convolutions_of_half_precision_and_of_a_cut():
     torch.testing.assert_close(causal_conv(cut, *exact[1:]), causal_conv(cut.contiguous(), *exact[1:]), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+@torch.no_grad()
+def test_convolutions_of_one_token(activation, dtype, bound):
+    hidden_states, weight, bias = conv_inputs(20, dtype)
+    state = torch.zeros(2, 6, 4, dtype=dtype)
+    for t in range(20):
+        token = hidden_states[..., t : t + 1]
+        expected = causal_conv(hidden_states[..., : t + 1].double(), weight.double(), bias.double(), activation)
+        found = conv_update(token, state, weight, bias, activation)
+        assert found.dtype == dtype and found.shape == token.shape
+        assert (found[..., 0] - expected[..., -1]).norm() <= bound * expected[..., -1].norm()
+    assert torch.equal(state, hidden_states[..., -4:])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_mamba2_token_by_token(groups):
+    given = chunked_inputs(12, torch.float32, groups=groups)
+    heads, channels = given["hidden_states"].shape[2:]
+    state = given["initial_states"].clone()
+    shared = {"A": given["A"][:, None, None].expand(-1, channels, 5), "D": given["D"][:, None].expand(-1, channels)}
+    shared |= {"dt_bias": given["dt_bias"][:, None].expand(-1, channels), "dt_softplus": True}
+    outputs = []
+    for t in range(12):
+        now = {name: given[name][:, t] for name in ("hidden_states", "B", "C")}
+        outputs.append(state_update(state, dt=given["dt"][:, t, :, None].expand(-1, -1, channels), **now, **shared))
+    double = chunked_inputs(12, groups=groups)
+    assert worst((torch.stack(outputs, 1), state), plain_chunked(**double)) < 1e-6
+    gate, before = torch.randn(2, heads, channels), state.clone()
+    plain, gated = (
+        state_update(before.clone(), dt=given["dt"][:, t, :, None], z=z, **now, **shared) for z in (None, gate)
+    )
+    torch.testing.assert_close(gated, plain * gate * torch.sigmoid(gate))
+
+
 @pytest.mark.parametrize("family", SCANS)
 def test_the_familys_own_scan_agrees(family):
     theirs = getattr(inspect.getmodule(type(component(family, 0))), SCANS[family])
@@ -267,7 +303,7 @@ def counted(monkeypatch) -> list:
 
         return scan
 
-    for own in (selective_scan, chunk_scan, causal_conv):
+    for own in (selective_scan, chunk_scan, causal_conv, conv_update, state_update):
         monkeypatch.setattr(scan_manticore, own.__name__, counting(own))
     return calls
 
@@ -283,7 +319,25 @@ def test_hybrids_use_it_and_nobody_else(family, monkeypatch):
         expected = alone(tokens()).logits
         assert not calls and [type(mixer) for mixer in mixers(alone)] == theirs
         torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=0)
-    assert len(calls) == len(own) * len(OWN[SCANS[family]])
+        assert len(calls) == len(own) * of_many_tokens(family)
+        cache = model(tokens(), use_cache=True).past_key_values
+        del calls[:]
+        model(tokens(length=1), past_key_values=cache)
+        assert len(calls) == len(own) * (len(OWN[SCANS[family]]) - of_many_tokens(family))
+
+
+def of_many_tokens(family: str) -> int:
+    return len(set(OWN[SCANS[family]].values()) - set(OF_ONE_TOKEN))
+
+
+def test_one_token_with_gradients_is_left_to_the_family(monkeypatch):
+    calls, alone = counted(monkeypatch), component("mamba2", 0)
+    model = discretize(ManticoreForCausalLM.from_components([alone, component("gpt2", 1)], num_blocks=2), [0, 0])
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    del calls[:]
+    logits = model(tokens(length=1), past_key_values=cache).logits
+    assert not calls and logits.requires_grad
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -311,6 +365,5 @@ def test_copies_and_pickles_keep_it(family, monkeypatch):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert {type(m) for m in mixers(other)} == {type(m) for m in mixers(model)}
         del calls[:]
-        assert torch.equal(other(tokens()).logits, expected) and len(calls) == len(OWN[SCANS[family]]) * len(
-            mixers(other)
-        )
+        assert torch.equal(other(tokens()).logits, expected)
+        assert len(calls) == of_many_tokens(family) * len(mixers(other))
