@@ -105,12 +105,16 @@ class _ScanOfKernels(torch.autograd.Function):
 
 @contextmanager
 def _scan_of_kernels() -> Iterator[None]:
-    """In place of the scan for CPUs, one with the memory of mamba-ssm's kernel, and without a loop over tokens."""
+    """In place of the scans for CPUs, ones with the memory of mamba-ssm's kernels, and without a loop over tokens."""
 
     def scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, return_last_state=False, **_):
         inputs = [part for part in (dt, A, B, C, D, z, delta_bias) if part is not None]
         y = _ScanOfKernels.apply(hidden_states, *inputs)
         return (y, A.new_zeros(len(dt), *A.shape)) if return_last_state else y
 
-    with mock.patch.object(scan_manticore, "selective_scan", scan):
+    def chunked(hidden_states, dt, A, B, C, D=None, dt_bias=None, **_):
+        inputs = [part for part in (dt, A, B, C, D, dt_bias) if part is not None]
+        return _ScanOfKernels.apply(hidden_states, *inputs)
+
+    with mock.patch.multiple(scan_manticore, selective_scan=scan, chunk_scan=chunked):
         yield
