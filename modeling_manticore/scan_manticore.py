@@ -20,7 +20,7 @@ from .chunk_scan_manticore import chunk_scan, state_update
 
 
 OWN = {  # by the scan that a mixer calls, under the families' names: what it gets of ours
-    "mamba_selective_scan": {"mamba_selective_scan": "selective_scan"},
+    "mamba_selective_scan": {"mamba_selective_scan": "selective_scan", "causal_conv1d_update": "conv_update"},
     "mamba2_chunk_scan": {
         "mamba2_chunk_scan": "chunk_scan",
         "mamba2_selective_state_update": "state_update",
@@ -244,7 +244,7 @@ def use_own_scan(layer: nn.Module) -> None:
 def _subclass(kind: type, functions: dict[str, str]) -> type:
     """The class with this package's functions in place of its own, also for pickle, which looks up by name."""
     theirs = inspect.unwrap(kind.forward).__globals__
-    own = {called: _on_cpu(theirs[called], function) for called, function in functions.items()}
+    own = {called: _on_cpu(theirs[called], function) for called, function in functions.items() if called in theirs}
     name = f"{kind.__module__.rpartition('.')[2]}_{kind.__name__}"
     content = {"forward": _with_globals(kind.forward, own), "__module__": __name__, "__qualname__": name}
     _SUBCLASSES[kind] = globals()[name] = type(kind.__name__, (kind,), content)
