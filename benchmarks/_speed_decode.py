@@ -83,8 +83,9 @@ def decode(shape: Shape, settings: Settings) -> list[dict]:
 
 def _row(pair: Pair, name: str, batch: int, context: int, shape: Shape, settings: Settings) -> dict:
     ours, native, difference = pair_of_decoders(pair, tokens(shape, batch, context + shape.steps), shape.steps)
+    bound = pair.bound(DECODE_BOUND)
     row = settings.compare(
-        f"decode, {name}, batch {batch}, {context}", ours.work(), native.work(), DECODE_BOUND, tokens=context
+        f"decode, {name}, batch {batch}, {context}", ours.work(), native.work(), bound, tokens=context
     )
     fixed = (row["seconds"] - row["reference_seconds"]) / shape.steps / pair.slices * 1e3
     return row | {

@@ -1,6 +1,6 @@
 """Shapes of the speed benchmark: components with random weights, hybrids of them, and the same layers natively."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 
 from modeling_manticore import ManticoreForCausalLM
+from modeling_manticore.scan_manticore import use_own_scan
 
 
 LONGEST = 32_768  # positions of the attention components
@@ -96,7 +97,9 @@ def paths(*slices: tuple[int, int, int]) -> list[list[dict[str, int]]]:
 class Pair:
     """
     A hybrid and the native model of the same layers, how many slices the hybrid has, and whether it has attention and
-    is the same function as the native model.
+    is the same function as the native model. With `has_our_mamba` the native model's state-space layers run the code
+    of hybrids (`scan_manticore.py`) in place of transformers': what is left is the cost of joining, and no bound is
+    promised for it.
     """
 
     hybrid: PreTrainedModel
@@ -104,6 +107,11 @@ class Pair:
     slices: int
     has_attention: bool = True
     is_same: bool = True
+    has_our_mamba: bool = False
+
+    def bound(self, promised: float) -> float | None:
+        """What is promised against a native model, or None."""
+        return None if self.has_our_mamba else promised
 
 
 def one_slice(shape: Shape, kind: str = "attention") -> Pair:
@@ -128,6 +136,13 @@ def half_and_half(shape: Shape) -> Pair:
     blocks = paths((0, 0, half), (1, half, shape.layers))
     hybrid = ManticoreForCausalLM.from_components(components, blocks=blocks)
     return Pair(hybrid, PlainLoop(*components, half, hybrid.model.blocks[1].paths[0].in_projector), 2)
+
+
+def half_and_half_with_our_mamba(shape: Shape) -> Pair:
+    """The same, and our code in the loop's state-space layers, too."""
+    pair = half_and_half(shape)
+    use_own_scan(pair.native)
+    return replace(pair, has_our_mamba=True)
 
 
 def two_states(shape: Shape) -> Pair:
