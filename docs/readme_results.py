@@ -137,6 +137,18 @@ def recall_row() -> tuple[str, str]:
     )
 
 
+def real_weights_row() -> tuple[str, str]:
+    """Attention layers of a published model replaced by Mamba-2."""
+    found = result("real_weights")
+    shares = [found["table"][layers]["share"]["after"]["mamba2"]["all"] for layers in ("15", "10+15+20")]
+    fit, train = (found["settings"][name] for name in ("fit_tokens", "train_tokens"))
+    return (
+        "SmolLM2-135M with Mamba-2 for attention in 1 and in 3 of 30 layers: share that is closed of the gap between "
+        f"dropping these layers and keeping them ({fit:,} tokens to fit a layer, then {train:,} end to end)",
+        " and ".join(figure(share) for share in shares),
+    )
+
+
 def suite_row() -> tuple[str, str]:
     """transformers' own tests."""
     found = {name: row for name, row in result("common_suite")["subjects"].items() if "+" in name or ">" in name}
@@ -153,6 +165,7 @@ ROWS = {
     "regret": search_row,
     "programming": programming_row,
     "experiments/e8_long_recall": recall_row,
+    "real_weights": real_weights_row,
     "common_suite": suite_row,
 }  # by the benchmark script that measured them
 
