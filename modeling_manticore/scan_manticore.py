@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 from .chunk_scan_manticore import chunk_scan, state_update
@@ -229,8 +230,8 @@ _SUBCLASSES: dict[type, type] = {}
 def use_own_scan(layer: nn.Module) -> None:
     """
     Let the mixers of a layer whose forward calls a scan in `OWN` use this package's code for tensors on a CPU, unless
-    the package mamba-ssm is installed. On other devices, with `use_mambapy`, and while a graph is being captured the
-    family's own runs; so it does for single tokens with a cache and gradients.
+    the package mamba-ssm is installed. On other devices, with `use_mambapy`, while a graph is being captured and under
+    the transforms of `torch.func` the family's own runs; so it does for single tokens with a cache and gradients.
     """
     if importlib.util.find_spec("mamba_ssm") is None:
         for mixer in layer.modules():
@@ -253,13 +254,18 @@ def _subclass(kind: type, functions: dict[str, str]) -> type:
 
 def _on_cpu(theirs: Callable, own: str) -> Callable:
     def function(first, *args, **kwargs):
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
         graded = own in OF_ONE_TOKEN and torch.is_grad_enabled()
-        if first.device.type != "cpu" or kwargs.get("use_mambapy") or captured or graded:
+        if first.device.type != "cpu" or kwargs.get("use_mambapy") or graded or _is_transformed():
             return theirs(first, *args, **kwargs)
         return globals()[own](first, *args, **kwargs)
 
     return function
+
+
+def _is_transformed() -> bool:
+    """While a graph is captured, in `torch.func` (vmap, jvp, ...), and where derivatives are taken forward."""
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return captured or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _with_globals(function: types.FunctionType, values: dict[str, Callable]) -> types.FunctionType:

@@ -367,3 +367,27 @@ def test_copies_and_pickles_keep_it(family, monkeypatch):
         del calls[:]
         assert torch.equal(other(tokens()).logits, expected)
         assert len(calls) == of_many_tokens(family) * len(mixers(other))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_transforms_are_left_to_the_family(family, monkeypatch):
+    model = ManticoreForCausalLM.from_components([component(family, 0), component("gpt2", 1)], num_blocks=2)
+    model = discretize(model, [0, 1])
+    model.set_attn_implementation("eager")
+    calls, name = counted(monkeypatch), next(name for name, _ in model.named_parameters() if name.endswith("A_log"))
+    value = model.get_parameter(name).detach()
+    tangent = torch.ones_like(value)
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, {name: value}, (tokens(),), {"labels": tokens()}).loss
+
+    _, forward = torch.func.jvp(loss, (value,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(value, tangent))
+        again = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    assert not calls
+    given = value.requires_grad_()
+    (backward,) = torch.autograd.grad(loss(given), given)
+    assert calls
+    torch.testing.assert_close(forward, backward.sum())
+    torch.testing.assert_close(again, backward.sum())
