@@ -1,6 +1,6 @@
 """What processes that train on a small machine are started with."""
 
-# glibc gives freed memory back, and the kernel hands it out again page by page: a fifth of a small model's time.
+# glibc gives freed memory back, and the kernel hands it out again page by page, at every step of a small model.
 MEMORY_KEPT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "34359738368",

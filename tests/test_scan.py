@@ -161,7 +161,10 @@ def test_mamba2_gradcheck(monkeypatch, chunk, numbers):
     given = chunked_inputs(11, heads=2, channels=2)
     assert torch.autograd.gradcheck(lambda *v: ours_chunked(dict(zip(CHUNKED, v))), tuple(given.values()))
     stateless = tuple(value for name, value in given.items() if name != "initial_states")
-    alone = lambda *values: chunk_scan(**dict(zip(CHUNKED, values)), dt_softplus=True)  # noqa: E731
+
+    def alone(*values: torch.Tensor) -> torch.Tensor:
+        return chunk_scan(**dict(zip(CHUNKED, values)), dt_softplus=True)
+
     assert torch.autograd.gradcheck(alone, stateless)
     zeros = given | {"initial_states": torch.zeros_like(given["initial_states"])}
     torch.testing.assert_close(alone(*stateless), plain_chunked(**zeros)[0], atol=1e-12, rtol=0)
@@ -282,7 +285,7 @@ def test_the_familys_own_scan_agrees(family):
         theirs = theirs(**given, delta_softplus=True, return_last_state=True)
         found = ours(given)
     assert worst(found, [t.double() for t in theirs]) < 1e-6
-    assert worst(gradients(found, given), [g.double() for g in gradients(theirs, given)]) < 2e-6
+    assert worst(gradients(found, given), [g.double() for g in gradients(theirs, given)]) < 1e-6
 
 
 def mixers(model) -> list:
@@ -342,9 +345,7 @@ def test_one_token_with_gradients_is_left_to_the_family(monkeypatch):
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_without_it_when_the_kernels_are_installed(family, monkeypatch):
-    monkeypatch.setattr(
-        scan_manticore.importlib.util, "find_spec", lambda name: name in ("mamba_ssm", "causal_conv1d") or None
-    )
+    monkeypatch.setattr(scan_manticore.importlib.util, "find_spec", lambda name: name == "mamba_ssm" or None)
     model = ManticoreForCausalLM.from_components([component(family, 0), component("gpt2", 1)], num_blocks=2)
     assert all(type(m).__module__.startswith("transformers.") for m in mixers(model))
 
