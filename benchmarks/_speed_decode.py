@@ -2,8 +2,9 @@
 
 import copy
 import inspect
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from _speed_forward import PAIRS, Settings
@@ -18,6 +19,7 @@ from modeling_manticore.cache_manticore import cache_growth
 DECODE_BOUND = 1.08
 CONSTANT_WITHIN = 0.10
 WIDE = 16
+COMPILED = ("one slice", "half and half")
 
 
 @dataclass
@@ -51,8 +53,9 @@ class Decoder:
         return output.logits
 
     def work(self) -> Work:
-        """The timed steps; copying the cache is not timed."""
-        return Work(torch.inference_mode()(self.decode), lambda: copy.deepcopy(self.cache))
+        """The timed steps; copying the cache is not timed. Copies are of one kind, for graphs that ask which."""
+        within = torch.inference_mode()
+        return Work(within(self.decode), lambda: within(copy.deepcopy)(self.cache))
 
 
 def pair_of_decoders(pair: Pair, ids: torch.LongTensor, steps: int) -> tuple[Decoder, Decoder, float]:
@@ -144,4 +147,45 @@ def decode_of_states(shape: Shape, settings: Settings) -> list[dict]:
     return [start | {"series": "without attention, batch 1", "milliseconds_per_token": first}, *rows]
 
 
-DECODING: dict[str, Callable] = {"decode": decode, "decode of states": decode_of_states}
+def compiled_decode(shape: Shape, settings: Settings) -> list[dict]:
+    """
+    Decoding with `torch.compile`, one row behind the shortest context: the compiled hybrid against itself as it is,
+    and against the native model, compiled, too. Prefill is not compiled; compiling is not timed, and reported beside.
+    """
+    rows = []
+    for name in COMPILED:
+        pair = PAIRS[name](shape)
+        ids = tokens(shape, 1, shape.contexts[0] + shape.steps)
+        ours, native, difference = pair_of_decoders(pair, ids, shape.steps)
+        compiled = {"hybrid": _compiled(ours), "native": _compiled(native)}
+        fast, took = compiled["hybrid"]
+        more = {"compiling_seconds": took, "logits_differ_by": difference, "tokens": shape.contexts[0]}
+        for reference, decoder in (("itself", ours), ("native, compiled", compiled["native"][0])):
+            row_name = f"compiled decode, {name}, over {reference}"
+            rows.append(settings.compare(row_name, fast.work(), decoder.work(), **more))
+    return rows
+
+
+def _compiled(decoder: Decoder) -> tuple[Decoder, float]:
+    """
+    The same with a compiled model, and the seconds that compiling took.
+
+    Raises:
+        RuntimeError: the compiled model is another function.
+    """
+    fast = replace(decoder, model=torch.compile(decoder.model))
+    with torch.inference_mode():
+        expected, cache = decoder.decode(copy.deepcopy(decoder.cache)), copy.deepcopy(decoder.cache)
+        began = time.perf_counter()
+        found = fast.decode(cache)
+        took = time.perf_counter() - began
+    if not (found - expected).abs().max() < 1e-3:
+        raise RuntimeError(f"compiled, the logits differ by {(found - expected).abs().max().item()}")
+    return fast, took
+
+
+DECODING: dict[str, Callable] = {
+    "decode": decode,
+    "decode of states": decode_of_states,
+    "compiled decode": compiled_decode,
+}

@@ -21,8 +21,8 @@ from _domain_run import options, run
 
 SETTING = replace(
     two_domains.SETTING,
-    component_tokens=two_domains.SETTING.component_tokens | {"llama": 3_200_000},
-    speeds=two_domains.SETTING.speeds | {"llama": 4_900},
+    component_tokens=two_domains.SETTING.component_tokens | {"llama": 6_900_000},
+    speeds=two_domains.SETTING.speeds | {"llama": 10_400},
     extra_tokens=2 * two_domains.SETTING.extra_tokens,
     calibration_rows=24,
     scored_rows=8,

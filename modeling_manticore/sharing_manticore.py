@@ -49,6 +49,9 @@ class Absent:
         return 1.0
 
 
+ABSENT = Absent()
+
+
 class PassThrough(nn.Module):
     """
     Stands for a layer outside the slice: returns its hidden states as that layer would, a tensor (`arity` 0) or an
@@ -57,12 +60,13 @@ class PassThrough(nn.Module):
 
     def __init__(self, layer: nn.Module, arity: int):
         super().__init__()
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training":
-                setattr(self, name, value)
-        for name, _ in layer.named_children():
-            setattr(self, name, Absent())
-        self.arity = arity
+        shown = {
+            name: value
+            for name, value in vars(layer).items()
+            if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training"
+        }
+        shown |= {name: ABSENT for name, child in layer._modules.items() if child is not None}
+        self.__dict__.update(shown, arity=arity)  # as `setattr` would, which is slow and runs for every layer of a model
 
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]

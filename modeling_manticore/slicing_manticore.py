@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class ComponentBlueprint:
             config._attn_implementation = attention_for(causal_class, config._attn_implementation)
         if config._experts_implementation is None and causal_class._can_set_experts_implementation():
             config._experts_implementation = experts_implementation
-        with torch.device("meta"), ShapesOnly():
+        with nullcontext() if torch.get_default_device().type == "meta" else torch.device("meta"), ShapesOnly():
             self.causal = causal_class(config)
         self.prefix = causal_class.base_model_prefix
         base = getattr(self.causal, self.prefix, None)
