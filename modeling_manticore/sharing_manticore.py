@@ -11,6 +11,7 @@ import dis
 import functools
 import inspect
 import types
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 import torch
@@ -66,7 +67,9 @@ class PassThrough(nn.Module):
             if not name.startswith("_") and isinstance(value, (str, int, float, bool)) and name != "training"
         }
         shown |= {name: ABSENT for name, child in layer._modules.items() if child is not None}
-        self.__dict__.update(shown, arity=arity)  # as `setattr` would, which is slow and runs for every layer of a model
+        self.__dict__.update(
+            shown, arity=arity
+        )  # as `setattr` would, which is slow and runs for every layer of a model
 
     def forward(self, *args, **kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -76,19 +79,25 @@ class PassThrough(nn.Module):
 class SliceLayers(nn.ModuleList):
     """The layers of a view under their own indices; a walk of a lean forward meets only those kept, or one stub."""
 
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__(layers)
+        self.kept = [(i, str(i)) for i, layer in enumerate(self._modules.values()) if type(layer) is not PassThrough]
+
     def __iter__(self):
         return iter(self._modules.values()) if torch.compiler.is_compiling() else iter(self[:])
 
     def __getitem__(self, index):
         if not isinstance(index, slice):
             return super().__getitem__(index)
+        layers = self._modules
         if torch.compiler.is_compiling():
-            return list(self._modules.values())[index]
-        chosen = list(self._modules.items())[index]
+            return list(layers.values())[index]
         tables = _TABLES.get()
-        if tables is not None and tables.skips:  # one goes through, so that what a walk leaves behind is there
-            chosen = [entry for entry in chosen if type(entry[1]) is not PassThrough] or chosen[:1]
-        return Numbered(chosen)
+        if tables is None or not tables.skips:
+            return Numbered(list(layers.items())[index])
+        span = range(*index.indices(len(layers)))
+        kept = [(name, layers[name]) for i, name in self.kept if i in span]
+        return Numbered(kept or list(layers.items())[index][:1])  # a stub, so that what a walk leaves behind is there
 
 
 class Numbered(list):
@@ -212,16 +221,19 @@ def _owner_forward(family, self, *args, **kwargs):
 
 def _needs_no_wrapper(owner, args, kwargs) -> bool:
     """Whether the wrappers around the forward, which fill in defaults and record outputs, have nothing to do."""
+    if args and (args[0] is not None or len(args) > 1):  # heads give no tokens
+        return False
+    if kwargs.get("use_cache") is None or kwargs.get("return_dict", True) is not True or "is_causal" in kwargs:
+        return False
+    for name, value in kwargs.items():
+        if name.startswith("output_") and value:
+            return False
+    config = owner.config
+    settings = object.__getattribute__(config, "__dict__")  # a configuration is slow to ask
     return (
-        all(value is None for value in args[:1])  # heads give no tokens
-        and not args[1:]
-        and kwargs.get("use_cache") is not None
-        and kwargs.get("return_dict", True) is True
-        and not any(value for name, value in kwargs.items() if name.startswith("output_"))
-        and "is_causal" not in kwargs
-        and not hasattr(type(owner.config), "is_causal")
-        and vars(owner.config).get("is_causal") is None
-        and vars(owner.config).get("return_dict", True)
+        settings.get("is_causal") is None
+        and settings.get("return_dict", True)
+        and not hasattr(type(config), "is_causal")
         and not (owner.training and getattr(owner, "gradient_checkpointing", False))
     )
 

@@ -230,7 +230,7 @@ def run_view(
 
 
 def _run_view(view, input_ids, inputs_embeds, attention_mask, position_ids, cache, router_logits):
-    family = view.config.model_type
+    family = type(view.config).model_type
     tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     if cache is not None and tokens > 1 and cache.get_seq_length() and family in ONE_TOKEN_AT_A_TIME:
         return _run_token_by_token(view, inputs_embeds, attention_mask, position_ids, cache, router_logits)

@@ -105,6 +105,19 @@ def test_compiled_paths_of_weight_zero_run_and_count_nothing():
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_generate_takes_compiled_passes():
+    model = hybrid("discretized", "gpt_neox", "mamba2")
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ids, mask = tokens(), torch.ones_like(tokens())
+    mask[0, :3] = 0
+    expected = model.generate(ids, attention_mask=mask, **options)
+    model.compile(backend="eager", fullgraph=True)
+    found = model.generate(ids, attention_mask=mask, **options)
+    assert 1 < dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["supernet", "discretized"])
 @pytest.mark.parametrize(
     "families", [("gpt_neox", "mamba2"), ("gpt2", "mamba"), ("gemma3_text", "falcon_mamba")], ids="+".join
