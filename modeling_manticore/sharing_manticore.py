@@ -20,6 +20,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .hollow_manticore import global_names
+
 
 BUILDERS = "transformers.masking_utils"
 LEARNING_ROPE = ("dynamic", "longrope")  # rotary types whose modules change with the positions they have seen
@@ -269,7 +271,7 @@ def _lean(family) -> tuple[types.FunctionType, bool]:
     names = own | builders | outputs | {"enumerate": _enumerate}
     copy = types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
     copy.__kwdefaults__ = inner.__kwdefaults__
-    return copy, not COUNTING & _global_names(inner.__code__)
+    return copy, not COUNTING & global_names(inner.__code__)
 
 
 @functools.cache
@@ -281,11 +283,6 @@ def _parameters_of(forward) -> frozenset[str]:
 
 
 COUNTING = {"len", "range", "zip", "map", "reversed", "iter"}
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_global_names, inner))
 
 
 def _shared(builder):

@@ -9,16 +9,15 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .cache_manticore import CACHE, PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
+from .hollow_manticore import on_meta
 from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, share_tables, sharing
 
 
@@ -42,7 +41,8 @@ class ComponentBlueprint:
     Args:
         config: the component's configuration (shared by all its views).
         attn_implementation, experts_implementation: as requested of the hybrid, or None for the family's defaults.
-        uses: how many views will have each layer; the last gets the layer itself. None: every view gets copies.
+        uses: how many views will have each layer; the last gets the layer itself, and no view has others. None: every
+            view gets copies.
 
     Raises:
         ValueError: the family has no list of layers, or its empty view is not the identity.
@@ -63,11 +63,13 @@ class ComponentBlueprint:
             config._attn_implementation = attention_for(causal_class, config._attn_implementation)
         if config._experts_implementation is None and causal_class._can_set_experts_implementation():
             config._experts_implementation = experts_implementation
-        with nullcontext() if torch.get_default_device().type == "meta" else torch.device("meta"), ShapesOnly():
-            self.causal = causal_class(config)
+        base_class = _model_class(MODEL_MAPPING, config) if type(config) in MODEL_MAPPING else None
+        self.causal = on_meta(
+            causal_class, base_class, config, None if base_class is None or uses is None else {*uses}
+        )
         self.prefix = causal_class.base_model_prefix
         base = getattr(self.causal, self.prefix, None)
-        if type(config) not in MODEL_MAPPING or type(base) is not _model_class(MODEL_MAPPING, config):
+        if base_class is None or type(base) is not base_class:
             raise ValueError(f"{config.model_type}: its causal language model is not built on its base model.")
         _parameters(type(base))  # before any torch.compile, which would see the table change
         self.layers_name = find_layers(base, config)
@@ -310,16 +312,6 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
         ComponentBlueprint(component, *requested, uses[k]) if k in uses else None
         for k, component in enumerate(config.components)
     ]
-
-
-class ShapesOnly(TorchFunctionMode):
-    """Modules built on meta inside are not initialised by what `torch.nn.init` lets others do: there are no values."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == nn.init.__name__ and (args or "tensor" in kwargs):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 class OutsideLoops:

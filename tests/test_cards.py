@@ -120,7 +120,18 @@ def test_mixture_weights_of_a_supernet_and_of_a_report(supernet, hybrid):
 
 
 def test_the_template_names_the_files_of_code():
-    names = ("cache", "chunk_scan", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing")
+    names = (
+        "cache",
+        "chunk_scan",
+        "configuration",
+        "forward",
+        "hollow",
+        "mixing",
+        "modeling",
+        "scan",
+        "sharing",
+        "slicing",
+    )
     assert set(re.findall(r"`(\w+\.py)`", template_file().read_text())) == {f"{name}_manticore.py" for name in names}
 
 

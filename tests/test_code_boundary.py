@@ -9,7 +9,18 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 
 PACKAGE = Path(__file__).parents[1] / "modeling_manticore"
-PARTS = ("configuration", "modeling", "forward", "slicing", "mixing", "cache", "scan", "chunk_scan", "sharing")
+PARTS = (
+    "configuration",
+    "modeling",
+    "forward",
+    "slicing",
+    "mixing",
+    "cache",
+    "scan",
+    "chunk_scan",
+    "sharing",
+    "hollow",
+)
 CARRIED = [f"{name}_manticore.py" for name in PARTS]
 
 

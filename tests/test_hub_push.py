@@ -20,7 +20,18 @@ from modeling_manticore.hub.push import push_folder
 from modeling_manticore.hub.staging import remove_stale
 
 
-PARTS = ("cache", "chunk_scan", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing")
+PARTS = (
+    "cache",
+    "chunk_scan",
+    "configuration",
+    "forward",
+    "hollow",
+    "mixing",
+    "modeling",
+    "scan",
+    "sharing",
+    "slicing",
+)
 CODE = {f"{name}_manticore.py" for name in PARTS}
 
 

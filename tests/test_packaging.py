@@ -20,7 +20,18 @@ from modeling_manticore.hub.card_check import check_card
 
 
 ROOT = Path(__file__).parents[1]
-CARRIED = {"cache", "chunk_scan", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing"}
+CARRIED = {
+    "cache",
+    "chunk_scan",
+    "configuration",
+    "forward",
+    "hollow",
+    "mixing",
+    "modeling",
+    "scan",
+    "sharing",
+    "slicing",
+}
 
 
 def run(command, folder, timeout=900, **environment):

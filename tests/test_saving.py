@@ -16,6 +16,7 @@ CODE = {
     "chunk_scan_manticore.py",
     "configuration_manticore.py",
     "forward_manticore.py",
+    "hollow_manticore.py",
     "mixing_manticore.py",
     "modeling_manticore.py",
     "scan_manticore.py",

@@ -1,13 +1,20 @@
 """Chained slices are the uncut model: every family, even and uneven cuts, padding, prefill and decode; head views."""
 
+from collections import Counter
+from copy import deepcopy
+from types import FunctionType
+
 import pytest
 import torch
 from family_checks import chain, rows_alone, run, run_in_steps
 from tiny import FAMILIES, component, scanned, tokens
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from modeling_manticore import ManticoreConfig
-from modeling_manticore.slicing_manticore import ComponentBlueprint, ShapesOnly, component_blueprints, run_view
+from modeling_manticore.hollow_manticore import ShapesOnly
+from modeling_manticore.sharing_manticore import PassThrough
+from modeling_manticore.slicing_manticore import ComponentBlueprint, component_blueprints, run_view
 
 
 def even_and_uneven_cuts(depth):
@@ -103,3 +110,34 @@ def test_nothing_is_initialised_where_only_shapes_count():
         weight = torch.zeros(4, 4)
         assert nn.init.normal_(weight) is weight and nn.init.constant_(weight, 1.0) is weight
     assert not weight.any() and nn.init.ones_(weight).all()
+
+
+# Families that make their layers, or parts of them, from tables of classes: what is made so is whole.
+NOT_QUITE_HOLLOW = ("opt", "opt_projected", "gptj", "falcon", "falcon_alibi", "jamba", "nemotron_h", "recurrent_gemma")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hollow_layer_shows_what_the_whole_one_shows(family):
+    config = component(family).config
+    whole = ComponentBlueprint(deepcopy(config)).layers
+    partly = ComponentBlueprint(deepcopy(config), uses=Counter([0])).layers
+    sizes = [[(name, p.shape) for name, p in layers[0].named_parameters()] for layers in (whole, partly)]
+    assert sizes[0] == sizes[1]
+    for full, hollow in list(zip(whole, partly, strict=True))[1:]:
+        assert type(hollow) is type(full)
+        stubs = [PassThrough(layer, 0) for layer in (full, hollow)]
+        assert vars(stubs[0]) == vars(stubs[1])
+        assert family in NOT_QUITE_HOLLOW or not list(hollow.parameters())
+
+
+def test_a_layer_that_asks_something_of_its_parts_is_made_whole(monkeypatch):
+    def start(self, config, layer_idx):
+        nn.Module.__init__(self)
+        self.mlp = LlamaMLP(config)  # noqa: F821, a name of the module whose constructor this becomes
+        self.width = self.mlp.down_proj.out_features
+
+    own = FunctionType(start.__code__, vars(modeling_llama))
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", own)
+    config = component("llama").config
+    layers = ComponentBlueprint(deepcopy(config), uses=Counter([0])).layers
+    assert [layer.width for layer in layers] == [config.hidden_size] * config.num_hidden_layers

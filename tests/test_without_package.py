@@ -86,4 +86,4 @@ def test_hybrids_load_where_the_package_is_absent(tmp_path):
         assert [file.name for file in first] == [file.name for file in second]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second)), name
         code = [file.name for file in (tmp_path / "again" / name).glob("*.py")]
-        assert len(code) == 9
+        assert len(code) == 10

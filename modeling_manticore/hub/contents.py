@@ -10,7 +10,18 @@ from urllib.parse import unquote
 import yaml
 
 
-PARTS = ("cache", "chunk_scan", "configuration", "forward", "mixing", "modeling", "scan", "sharing", "slicing")
+PARTS = (
+    "cache",
+    "chunk_scan",
+    "configuration",
+    "forward",
+    "hollow",
+    "mixing",
+    "modeling",
+    "scan",
+    "sharing",
+    "slicing",
+)
 CARRIED = tuple(f"{name}_manticore.py" for name in PARTS)
 PICKLES = (".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 KINDS = "bpe cff csv gif jinja jpeg jpg json jsonl md model pdf png safetensors svg tiktoken txt vocab webp yaml yml"
