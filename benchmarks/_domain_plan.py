@@ -43,7 +43,7 @@ class Setting:
     component_rows: int = 16
     extra_tokens: int = 131_072
     extra_rows: int = 8
-    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
+    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
     calibration_rows: int = 32
     scored_rows: int = 16
     search_rows: int = 64
@@ -159,7 +159,7 @@ class Plan:
     def search(self, pair: str, seed: int) -> Unit:
         setting = self.setting
         settings = self._training(
-            setting.extra_tokens, setting.rates[len(setting.rates) // 2], setting.extra_rows, seed
+            setting.extra_tokens, setting.rates[(len(setting.rates) - 1) // 2], setting.extra_rows, seed
         )
         names = ("calibration_rows", "scored_rows", "halving_share", "halved", "beam", "limit", "shown")
         settings |= {name: getattr(setting, name) for name in names}
