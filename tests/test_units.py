@@ -1,6 +1,9 @@
 """Units of work that need each other's files: order, resuming from the repository's lines, deadlines, failures."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -152,3 +155,41 @@ def test_bad_arguments_and_broken_lines(tmp_path):
     (tmp_path / "lines.jsonl").write_text('{"digest": "x"}\n')
     with pytest.raises(ValueError, match="line 1 is no finished unit"):
         Ledger(tmp_path / "cache", tmp_path / "lines.jsonl")
+
+
+PARENT = """
+import time
+from types import SimpleNamespace
+from modeling_manticore.experiments.runner import _Workers
+
+if __name__ == "__main__":
+    with _Workers(2, time.sleep) as workers:
+        workers.submit(SimpleNamespace(settings=600))
+        time.sleep(1)
+        print(*(process.pid for process in workers._processes), flush=True)
+        time.sleep(600)
+"""
+
+
+def is_alive(process):
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="it looks at processes in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        workers = [Path("/proc", pid) for pid in parent.stdout.readline().split()]
+        time.sleep(10)  # they import before they work
+        assert len(workers) == 2 and all(map(is_alive, workers))
+        parent.kill()
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not any(map(is_alive, workers))

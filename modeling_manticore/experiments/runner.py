@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -271,6 +272,7 @@ class _Workers:
 
 def _serve(connection: Connection, work: Work | None) -> None:
     """What a worker process does: settings in, (record, None) or (None, traceback) out, until the parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:
@@ -278,6 +280,12 @@ def _serve(connection: Connection, work: Work | None) -> None:
         except EOFError:
             return
         connection.send(_answer(work, settings))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would finish its run, for hours perhaps, beside those of the next start."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _answer(work: Work | None, settings: dict) -> tuple[dict | None, str | None]:
