@@ -64,9 +64,17 @@ def on_meta(
         kinds = [kind for kind in _named_by(base_class) if issubclass(kind, GradientCheckpointingLayer)]
         hollow = {kind.__name__: functools.partial(_layer, kind, used) for kind in kinds}
         try:
-            return _made(causal_class, (config,), {}, {base_class.__name__: base})
+            model = _made(causal_class, (config,), {}, {base_class.__name__: base})
         except (AttributeError, TypeError):  # it asks something of parts that are not there
             return causal_class(config)
+        return causal_class(config) if _lacks(model, used) else model
+
+
+def _lacks(model: nn.Module, used: Container[int]) -> bool:
+    """Whether a layer is hollow that is used: what it was given was not its index."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for layers in lists for i, layer in enumerate(layers) if i in used]
+    return any(part is PART for layer in layers for part in layer.modules())
 
 
 def _layer(kind: type[nn.Module], used: Container[int], *args, **kwargs) -> nn.Module:

@@ -130,6 +130,19 @@ def test_a_hollow_layer_shows_what_the_whole_one_shows(family):
         assert family in NOT_QUITE_HOLLOW or not list(hollow.parameters())
 
 
+def test_a_model_that_counts_its_layers_from_one_is_made_whole(monkeypatch):
+    def start(self, config):
+        super(LlamaModel, self).__init__(config)  # noqa: F821
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LlamaDecoderLayer(config, i + 1) for i in range(config.num_hidden_layers)])  # noqa: F821
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # noqa: F821
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # noqa: F821
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "__init__", FunctionType(start.__code__, vars(modeling_llama)))
+    layers = ComponentBlueprint(component("llama").config, uses=Counter([1])).layers
+    assert [len(list(layer.parameters())) for layer in layers] == [9, 9, 9, 9]
+
+
 def test_a_layer_that_asks_something_of_its_parts_is_made_whole(monkeypatch):
     def start(self, config, layer_idx):
         nn.Module.__init__(self)
