@@ -19,7 +19,7 @@ from modeling_manticore.cache_manticore import cache_growth
 DECODE_BOUND = 1.08
 CONSTANT_WITHIN = 0.10
 WIDE = 16
-COMPILED = ("one slice", "half and half")
+COMPILED = ("one slice", "half and half", "one-layer slices")
 
 
 @dataclass
