@@ -161,6 +161,18 @@ def real_weights_row() -> tuple[str, str]:
     )
 
 
+def speed_row() -> tuple[str, str]:
+    """Passes, decoding and loading, against native models of the same layers."""
+    rows = [row for found in result("speed")["shapes"]["small"].values() for row in found["rows"] if "bound" in row]
+    told = []
+    for name, start in (("passes", "forward"), ("decoding", "decode,"), ("loading in a new process", "first load")):
+        told.append(f"{name} {span([row['ratio'] for row in rows if row['name'].startswith(start)])}")
+    return (
+        "time of one, two and twelve slices over native models of the same layers (width 192, 12 layers, one thread)",
+        "; ".join(told),
+    )
+
+
 def suite_row() -> tuple[str, str]:
     """transformers' own tests."""
     found = {name: row for name, row in result("common_suite")["subjects"].items() if "+" in name or ">" in name}
@@ -179,6 +191,7 @@ ROWS = {
     "experiments/e8_long_recall": recall_row,
     "three_components": three_components_row,
     "real_weights": real_weights_row,
+    "speed": speed_row,
     "common_suite": suite_row,
 }  # by the benchmark script that measured them
 
