@@ -22,7 +22,6 @@ from transformers.cache_utils import (
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_manticore import ManticoreConfig
-from .scan_manticore import use_own_scan
 from .sharing_manticore import kinds_of
 
 
@@ -194,9 +193,8 @@ def correct_layer(layer: nn.Module, family: str) -> None:
         if hasattr(owner, child_name):
             owner.register_forward_pre_hook(functools.partial(_note_padding, note), with_kwargs=True)
             getattr(owner, child_name).register_forward_hook(functools.partial(_zero_padding, note))
-    use_own_scan(layer)
     for mixer in layer.modules():
-        limits = getattr(mixer, "time_step_limit", None)
+        limits = vars(mixer).get("time_step_limit")
         if limits is None or tuple(limits) == (0.0, float("inf")):
             continue
         note = Note()

@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, __version__
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -108,7 +108,8 @@ class ManticoreConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.dtype is not None and not hasattr(self.dtype, "itemsize"):
             raise ValueError(f"dtype: got {self.dtype!r}, allowed are the dtypes of torch.")
-        self.to_dict()  # what cannot be written again is no configuration
+        for write in (self.own_fields, *(component.to_dict for component in self.components)):
+            write()  # what cannot be written again is no configuration
 
     def __setattr__(self, key: str, value: Any) -> None:
         """A new vocabulary size is that of every component, once the layout is known; it has no padding."""
@@ -294,15 +295,26 @@ class ManticoreConfig(PreTrainedConfig):
         ]
         return cls(components=components, blocks=blocks, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Dictionary of plain values; components are dictionaries with their `model_type`."""
+    def own_fields(self) -> dict[str, Any]:
+        """`to_dict` without the components, which are None."""
         components, self.components = self.components, None
         try:
-            output = super().to_dict()
+            return super().to_dict()
         finally:
             self.components = components
-        output["components"] = [_component_dict(component) for component in components]
-        return output
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionary of plain values; components are dictionaries with their `model_type`."""
+        return self.own_fields() | {"components": [_component_dict(component) for component in self.components]}
+
+
+class OwnGenerationConfig(GenerationConfig):
+    """What a fresh model generates by; its components, which are slow to write out, have no say in that."""
+
+    @classmethod
+    def from_model_config(cls, model_config: ManticoreConfig) -> GenerationConfig:
+        """As in transformers."""
+        return GenerationConfig.from_model_config(model_config.own_fields())
 
 
 def _component_dict(component: PreTrainedConfig) -> dict[str, Any]:
@@ -325,7 +337,7 @@ def _component_config(entry: Any, index: int) -> PreTrainedConfig:
         family = entry.pop("model_type", None)
         _check_family(family, index)
         with _named_errors(f"components[{index}]"):
-            config = CONFIG_MAPPING[family].from_dict(entry)
+            config = CONFIG_MAPPING[family](**entry)
     elif isinstance(entry, PreTrainedConfig):
         _check_family(entry.model_type, index)
         config = copy.deepcopy(entry)

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import CACHE, ManticoreCache, describe
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, move_into
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, OwnGenerationConfig, move_into
 from .forward_manticore import (
     ManticoreModelOutput,
     TrunkOutput,
@@ -67,6 +67,7 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
     # What a component lacks is refused or left out for that component.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_set_experts_implementation_cached_value = True
+    generation_config_class = OwnGenerationConfig
 
     @classmethod
     def is_custom_code(cls) -> bool:

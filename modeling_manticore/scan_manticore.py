@@ -227,19 +227,24 @@ def conv_update(
 _SUBCLASSES: dict[type, type] = {}
 
 
-def use_own_scan(layer: nn.Module) -> None:
+def use_own_scan(*layers: nn.Module) -> None:
     """
-    Let the mixers of a layer whose forward calls a scan in `OWN` use this package's code for tensors on a CPU, unless
+    Let the mixers of layers whose forward calls a scan in `OWN` use this package's code for tensors on a CPU, unless
     the package mamba-ssm is installed. On other devices, with `use_mambapy`, while a graph is being captured and under
     the transforms of `torch.func` the family's own runs; so it does for single tokens with a cache and gradients.
     """
-    if importlib.util.find_spec("mamba_ssm") is None:
-        for mixer in layer.modules():
-            kind = type(mixer)
-            called = getattr(inspect.unwrap(kind.forward), "__code__", use_own_scan.__code__).co_names
-            for scan in OWN.keys() & set(called):
-                if kind.__module__ != __name__:
-                    mixer.__class__ = _SUBCLASSES.get(kind) or _subclass(kind, OWN[scan])
+    modules = [module for layer in layers for module in layer.modules()]
+    scans = {kind: _scans_called_by(kind) for kind in {*map(type, modules)} if kind.__module__ != __name__}
+    scans = {kind: called for kind, called in scans.items() if called}
+    if scans and importlib.util.find_spec("mamba_ssm") is None:
+        for mixer in modules:
+            for scan in scans.get(type(mixer), ()):
+                mixer.__class__ = _SUBCLASSES.get(type(mixer)) or _subclass(type(mixer), OWN[scan])
+
+
+def _scans_called_by(kind: type[nn.Module]) -> set[str]:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", use_own_scan.__code__)
+    return OWN.keys() & set(code.co_names)
 
 
 def _subclass(kind: type, functions: dict[str, str]) -> type:

@@ -61,6 +61,8 @@ class PassThrough(nn.Module):
     n-tuple, and shows the layer's plain attributes, and that it had children, to code that looks at them.
     """
 
+    _is_hf_initialized = True
+
     def __init__(self, layer: nn.Module, arity: int):
         super().__init__()
         shown = {

@@ -8,7 +8,7 @@ is gone, and what belongs before the first or after the last layer is neutral. F
 import copy
 import functools
 import inspect
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers import initialization as init
 from .cache_manticore import CACHE, PADDING_LEAKS, STATE_ON_MODULES, SliceCache, correct_layer, lent_states
 from .configuration_manticore import ManticoreConfig
 from .hollow_manticore import on_meta
+from .scan_manticore import use_own_scan
 from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, share_tables, sharing
 
 
@@ -27,10 +28,10 @@ BEFORE_FIRST = ("project_in", "word_embeddings_layernorm", "drop", "emb_dropout"
 LEARNED_POSITIONS = ("wpe", "embed_positions")
 UNIT_FACTORS = ("normalizer", "embedding_multiplier")  # buffers or numbers that scale the embeddings
 
-# Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
 # Families that take the mask of the tokens they are given, and none for a single one.
 MASK_OF_PRESENT_TOKENS = ("mamba", "mamba2", "falcon_mamba")
 
+# Families whose recurrence restarts from zero when several tokens meet a filled cache: fed one token at a time there.
 ONE_TOKEN_AT_A_TIME = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
 
 
@@ -43,6 +44,7 @@ class ComponentBlueprint:
         attn_implementation, experts_implementation: as requested of the hybrid, or None for the family's defaults.
         uses: how many views will have each layer; the last gets the layer itself, and no view has others. None: every
             view gets copies.
+        views: how many stems, slices and heads there will be; the last gets what is left of the component itself.
 
     Raises:
         ValueError: the family has no list of layers, or its empty view is not the identity.
@@ -54,8 +56,9 @@ class ComponentBlueprint:
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
         uses: Counter | None = None,
+        views: int | None = None,
     ):
-        self.config, self.uses = config, uses
+        self.config, self.uses, self.views = config, uses, None
         causal_class = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING, config)
         if attn_implementation not in (None, "sdpa"):
             config._attn_implementation = attn_implementation
@@ -79,6 +82,7 @@ class ComponentBlueprint:
         if getattr(config, "layer_arity", None) is None:
             config.layer_arity = self._find_arity()
             config.projects_out = any(owner._modules.get(name) is not None for name in AFTER_LAST)
+        self.views = views  # those that were made to find out do not count
 
     def view(self, start: int, stop: int, stem: bool = False, tail: bool = False) -> PreTrainedModel:
         """The base model with layers [start, stop) only, as a meta model of the component's own class."""
@@ -103,7 +107,10 @@ class ComponentBlueprint:
         return {target: source.removeprefix(self.prefix + ".") for target, source in names.items()}
 
     def _copy(self, model: PreTrainedModel) -> PreTrainedModel:
-        model = copy.deepcopy(model, memo={id(self.config): self.config})
+        if self.views is not None:
+            self.views -= 1
+        if self.views != 0:
+            model = copy.deepcopy(model, memo=self._memo(model))
         for module in model.modules():
             module._load_state_dict_pre_hooks.clear()
             if isinstance(module, PreTrainedModel):
@@ -115,8 +122,10 @@ class ComponentBlueprint:
         owner._modules[leaf] = SliceLayers(
             self._layer(i) if start <= i < stop else PassThrough(layer, arity) for i, layer in enumerate(self.layers)
         )
-        for layer in list(owner._modules[leaf])[start:stop]:
+        kept = list(owner._modules[leaf]._modules.values())[start:stop]
+        for layer in kept:
             correct_layer(layer, self.config.model_type)
+        use_own_scan(*kept)
         share_tables(owner, owner._modules[leaf])
         modules = owner._modules
         if not tail:
@@ -133,10 +142,9 @@ class ComponentBlueprint:
         embedding = base.get_input_embeddings()
         parent, leaf_name = owner_of(base, next(name for name, module in base.named_modules() if module is embedding))
         parent._modules[leaf_name] = nn.Identity()
-        allowed = [f"{self.layers_name}."] + [
-            self.layers_name.rpartition(".")[0] + f".{name}." for name in FINAL_NORMS + AFTER_LAST
-        ]
-        allowed = tuple(name.removeprefix(".") for name in allowed)
+        before = self.layers_name.rpartition(".")[0]
+        ends = [f"{before}.{name}.".removeprefix(".") for name in FINAL_NORMS + AFTER_LAST]
+        allowed = (f"{self.layers_name}.", *ends)
         stray = [name for name, _ in base.named_parameters() if not name.startswith(allowed)]
         if stray:
             raise ValueError(
@@ -148,7 +156,13 @@ class ComponentBlueprint:
             self.uses[index] -= 1
             if self.uses[index] == 0:
                 return self.layers[index]
-        return copy.deepcopy(self.layers[index], memo={id(self.config): self.config})
+        return copy.deepcopy(self.layers[index], memo=self._memo(self.layers[index]))
+
+    def _memo(self, model: nn.Module) -> dict:
+        """For a copy that shares the configuration; and copying the many empty tables of hooks one by one is slow."""
+        tables = (table for module in model.modules() for table in vars(module).values())
+        empty = {id(table): OrderedDict() for table in tables if type(table) is OrderedDict and not table}
+        return empty | {id(self.config): self.config}
 
     def _find_arity(self) -> int:
         """
@@ -304,12 +318,14 @@ def component_blueprints(config: ManticoreConfig) -> list[ComponentBlueprint | N
     """One blueprint per component, None for components that no path uses."""
     if not config.blocks:
         raise ValueError("blocks: got an empty configuration; a hybrid needs components and blocks.")
-    uses = {k: Counter() for k in config.used_components}
+    uses, views = {k: Counter() for k in config.used_components}, Counter(config.stem_components)
+    views.update(config.head_components)
     for path in (path for block in config.blocks for path in block if path["component"] is not None):
         uses[path["component"]].update(range(path["start"], path["stop"]))
+        views[path["component"]] += 1
     requested = config._attn_implementation, config._experts_implementation
     return [
-        ComponentBlueprint(component, *requested, uses[k]) if k in uses else None
+        ComponentBlueprint(component, *requested, uses[k], views[k]) if k in uses else None
         for k, component in enumerate(config.components)
     ]
 

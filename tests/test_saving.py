@@ -1,6 +1,7 @@
 """Saving is all or nothing: stale shards go, foreign files stay, a failure leaves what was there."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_what_is_written(model, tmp_path):
         "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
     }
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").generation_config.max_new_tokens == 7
+
+
+def test_a_fresh_model_generates_by_what_its_whole_configuration_says(model):
+    config = deepcopy(model.config)
+    config.eos_token_id, config.pad_token_id, config.num_beams = [3, 5], 7, 3
+    made = ManticoreForCausalLM(config).generation_config
+    assert type(made) is GenerationConfig and made.to_dict() == GenerationConfig.from_model_config(config).to_dict()
+    assert made.eos_token_id == [3, 5] and made.pad_token_id == 7
 
 
 def test_stale_shards_go_and_foreign_files_stay(model, tmp_path):

@@ -9,10 +9,11 @@ import torch
 from family_checks import chain, rows_alone, run, run_in_steps
 from tiny import FAMILIES, component, scanned, tokens
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, LlamaForCausalLM, LlamaModel
 from transformers.models.llama import modeling_llama
 
 from modeling_manticore import ManticoreConfig
-from modeling_manticore.hollow_manticore import ShapesOnly
+from modeling_manticore.hollow_manticore import on_meta
 from modeling_manticore.sharing_manticore import PassThrough
 from modeling_manticore.slicing_manticore import ComponentBlueprint, component_blueprints, run_view
 
@@ -105,11 +106,38 @@ def test_a_layer_is_copied_for_all_views_but_its_last():
     assert all(parameter.is_meta for parameter in [*first.parameters(), *second.parameters()])
 
 
-def test_nothing_is_initialised_where_only_shapes_count():
-    with torch.device("cpu"), ShapesOnly():
-        weight = torch.zeros(4, 4)
-        assert nn.init.normal_(weight) is weight and nn.init.constant_(weight, 1.0) is weight
-    assert not weight.any() and nn.init.ones_(weight).all()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_has_no_values_is_otherwise_as_the_family_makes_it(family):
+    config = component(family).config
+    causal_class, base_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], MODEL_MAPPING[type(config)]
+    with torch.device("meta"):
+        known = causal_class(deepcopy(config))
+    for used in (None, range(config.num_hidden_layers)):
+        made = on_meta(causal_class, base_class, deepcopy(config), used)
+        for (name, one), (other_name, other) in zip(known.named_modules(), made.named_modules(), strict=True):
+            assert name == other_name and type(one) is type(other) and plain(one) == plain(other)
+            for mine, theirs in ((one._parameters, other._parameters), (one._buffers, other._buffers)):
+                assert [described(n, t) for n, t in mine.items()] == [described(n, t) for n, t in theirs.items()]
+
+
+def plain(module):
+    return {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float, bool, tuple))}
+
+
+def described(name, tensor):
+    return (name, None) if tensor is None else (name, type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
+
+
+def test_nothing_is_initialised_where_only_shapes_count(monkeypatch):
+    def called(*args, **kwargs):
+        raise AssertionError("initial values where there are none")
+
+    config = component("llama").config
+    for function in ("kaiming_uniform_", "normal_", "uniform_"):
+        monkeypatch.setattr(nn.init, function, called)
+    with torch.device("meta"), pytest.raises(AssertionError):
+        LlamaForCausalLM(deepcopy(config))
+    assert on_meta(LlamaForCausalLM, LlamaModel, config, {0}).model.layers[0].mlp.up_proj.weight.is_meta
 
 
 # Families that make their layers, or parts of them, from tables of classes: what is made so is whole.
