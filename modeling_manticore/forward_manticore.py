@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
+from .scan_manticore import is_transformed
 
 
 @dataclass
@@ -86,7 +87,7 @@ def weighted_sum(
     terms = [(a.to(place) if isinstance(a, torch.Tensor) else a, x.to(place)) for a, x in terms]
     weights, values = zip(*terms)
     kinds = {getattr(t, "dtype", None) for t in (*weights, *values, *([] if beside is None else [beside]))}
-    fits = len(kinds) == 1 and not torch.compiler.is_compiling()
+    fits = len(kinds) == 1 and not is_transformed()
     if fits and all(x.shape == values[0].shape for x in values):
         return _WeightedSum.apply(len(terms), *weights, *values, beside)
     products = [a * x for a, x in terms]
@@ -98,8 +99,6 @@ class _WeightedSum(torch.autograd.Function):
     `weighted_sum` in one pass over memory a term, and with slopes of the weights that are dot products: what autograd
     makes of products and sums is twice as many passes, which for logits is a large part of a training step.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(count, *tensors):

@@ -260,14 +260,14 @@ def _subclass(kind: type, functions: dict[str, str]) -> type:
 def _on_cpu(theirs: Callable, own: str) -> Callable:
     def function(first, *args, **kwargs):
         graded = own in OF_ONE_TOKEN and torch.is_grad_enabled()
-        if first.device.type != "cpu" or kwargs.get("use_mambapy") or graded or _is_transformed():
+        if first.device.type != "cpu" or kwargs.get("use_mambapy") or graded or is_transformed():
             return theirs(first, *args, **kwargs)
         return globals()[own](first, *args, **kwargs)
 
     return function
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """While a graph is captured, in `torch.func` (vmap, jvp, ...), and where derivatives are taken forward."""
     captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return captured or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

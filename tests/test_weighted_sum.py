@@ -42,14 +42,20 @@ def test_values_and_slopes_are_those_of_products_and_sums(count, with_beside):
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-6)
 
 
-def test_gradients_of_gradients_and_rows_of_a_batch():
+def test_gradients_of_gradients_forward_ones_and_rows_of_a_batch():
     weights, values, beside = terms(torch.float64, 2)
 
     def function(*tensors):
         return weighted_sum(list(tensors[:2]), list(tensors[2:4]), beside=tensors[4])
 
     leaves = (*weights, *values, beside)
-    assert torch.autograd.gradcheck(function, leaves) and torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    tangents = tuple(torch.randn_like(leaf) for leaf in leaves)
+    output, along = torch.func.jvp(function, leaves, tangents)
+    assert torch.equal(output, naive(weights, values, beside))
+    by_hand = tangents[4] + sum(tangents[j] * values[j] + weights[j] * tangents[2 + j] for j in range(2))
+    torch.testing.assert_close(along, by_hand)
     mapped = torch.func.vmap(function, in_dims=(None, None, 0, 0, 0))(*leaves)
     torch.testing.assert_close(mapped, naive(weights, values, beside))
 
