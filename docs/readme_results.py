@@ -157,8 +157,8 @@ def two_domains_row() -> tuple[str, str]:
     rows = result("two_domains")["difference"]["all pairs"]
     told = {name: rows[name]["mixture"]["bits_per_byte"] for name in (SEARCHED, MIXED)}
     return (
-        "half a prose and half a code component against the better of both continued, equal tokens: bits per byte on both "
-        "domains (below 0 is better)",
+        "half a prose and half a code component against the better of both continued, equal tokens: bits per byte on "
+        "both (below 0 is better)",
         f"{figure(told[SEARCHED])}; both whole, mixed equally, {figure(told[MIXED])}",
     )
 
@@ -182,7 +182,7 @@ def speed_row() -> tuple[str, str]:
     for name, start in (("passes", "forward"), ("decoding", "decode,"), ("loading in a new process", "first load")):
         told.append(f"{name} {span([row['ratio'] for row in rows if row['name'].startswith(start)])}")
     return (
-        "time of one, two and twelve slices over native models of the same layers (width 192, 12 layers, one thread)",
+        "time of one, two and twelve slices over native models of the same layers (width 192, one thread)",
         "; ".join(told),
     )
 
