@@ -12,6 +12,7 @@ import pytest
 import torch
 from loopback import TOKEN, LoopbackHub
 from tiny import component, tokens
+from travelling import TRAVELLING
 
 from modeling_manticore import ManticoreForCausalLM, push_hybrid, verify
 from modeling_manticore.commands import main
@@ -20,19 +21,7 @@ from modeling_manticore.hub.push import push_folder
 from modeling_manticore.hub.staging import remove_stale
 
 
-PARTS = (
-    "cache",
-    "chunk_scan",
-    "configuration",
-    "forward",
-    "hollow",
-    "mixing",
-    "modeling",
-    "scan",
-    "sharing",
-    "slicing",
-)
-CODE = {f"{name}_manticore.py" for name in PARTS}
+CODE = set(TRAVELLING)
 
 
 @pytest.fixture(scope="module")

@@ -14,24 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cards import numbers_without_source
 from tiny import component, tokens
+from travelling import TRAVELLING
 
 from modeling_manticore import ManticoreForCausalLM, discretize
 from modeling_manticore.hub.card_check import check_card
 
 
 ROOT = Path(__file__).parents[1]
-CARRIED = {
-    "cache",
-    "chunk_scan",
-    "configuration",
-    "forward",
-    "hollow",
-    "mixing",
-    "modeling",
-    "scan",
-    "sharing",
-    "slicing",
-}
 
 
 def run(command, folder, timeout=900, **environment):
@@ -85,7 +74,7 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path, fetched):
     (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {f"modeling_manticore/{name}_manticore.py" for name in CARRIED} <= set(names)
+    assert {f"modeling_manticore/{name}" for name in TRAVELLING} <= set(names)
     assert "modeling_manticore/hub_configs/demo.yaml" in names and "modeling_manticore/model_cards/hybrid.md" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "scripts/")) for name in names)
     with tarfile.open(source) as archive:

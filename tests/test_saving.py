@@ -8,22 +8,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import component, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig
+from travelling import TRAVELLING
 
 from modeling_manticore import ManticoreForCausalLM
 
 
-CODE = {
-    "cache_manticore.py",
-    "chunk_scan_manticore.py",
-    "configuration_manticore.py",
-    "forward_manticore.py",
-    "hollow_manticore.py",
-    "mixing_manticore.py",
-    "modeling_manticore.py",
-    "scan_manticore.py",
-    "sharing_manticore.py",
-    "slicing_manticore.py",
-}
+CODE = set(TRAVELLING)
 
 
 @pytest.fixture(scope="module")
