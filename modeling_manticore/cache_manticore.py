@@ -7,7 +7,7 @@ into a convolution, or limit their time steps in prefill but not in decoding.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 
@@ -93,9 +93,14 @@ class ManticoreCache(Cache):
             for b, p in owned
         }
 
-    def view(self, block: int, path: int) -> SliceCache:
-        """The part of the cache that belongs to one path."""
-        return self._views[block, path]
+    def view(self, block: int, path: int, before: Sequence[int] = ()) -> SliceCache:
+        """The part of the cache that belongs to one path, with those of the blocks of one path that run with it."""
+        key = (block, path, *before)
+        if key not in self._views:
+            parts = [self._views[b, 0].layers for b in before] + [self._views[block, path].layers]
+            real = [next((x for x in same if not isinstance(x, Placeholder)), same[0]) for same in zip(*parts)]
+            self._views[key] = SliceCache(self, real, 0, len(real))
+        return self._views[key]
 
     def run_or_skip(self, block: int, path: int, runs: bool) -> None:
         """

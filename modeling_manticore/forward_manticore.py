@@ -1,11 +1,12 @@
 """What goes into a forward pass and what comes out of it: checks, positions, losses of routers, the output."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -54,6 +55,16 @@ def takes_cache(forward: Callable) -> Callable:
         return forward(self, *args, **kwargs)
 
     return wrapper
+
+
+def pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Zero-pad the last axis of `x` to `width` (pad_D of the paper)."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def cut(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Keep the first `width` entries of the last axis of `x` (cut_d of the paper)."""
+    return x if x.shape[-1] == width else x[..., :width]
 
 
 def component_weights(config: ManticoreConfig, block: int, weights: list) -> dict:
@@ -237,6 +248,41 @@ def check_shapes(given, attention_mask, position_ids, seen: int) -> None:
             f"position_ids: got shape {tuple(position_ids.shape)}, allowed is (tokens,), (1 or batch, tokens): "
             f"{tokens} tokens, a batch of {batch}."
         )
+
+
+def boundaries_wanted(output_hidden_states: bool | int | list[int], count: int) -> list[bool]:
+    """Which of the `count` boundaries `output_hidden_states` asks for: all, none, or some by (negative) index."""
+    if isinstance(output_hidden_states, bool):
+        return [output_hidden_states] * count
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+    if any(not -count <= index < count for index in indices):
+        raise ValueError(f"output_hidden_states: got {indices}, allowed are indices from {-count} to {count - 1}.")
+    chosen = {index % count for index in indices}
+    return [b in chosen for b in range(count)]
+
+
+def chains(blocks: nn.ModuleList) -> list[list[int]]:
+    """The indices of the blocks in order, those together that continue each other through nothing."""
+    found = []
+    for b, block in enumerate(blocks):
+        if block.continues:
+            found[-1].append(b)
+        else:
+            found.append([b])
+    return found
+
+
+def walks(blocks: list[nn.Module], found: list[list[int]], kind: type | None) -> Iterator[list[int]]:
+    """
+    The blocks of a pass as lists of indices: the last of a list runs with the layers of those before it, in one walk
+    of their family's code. Where one is not of this kind (it is wrapped), or has to run alone, each runs by itself.
+    """
+    for chain in found:
+        members = [blocks[b] for b in chain] if len(chain) > 1 else ()
+        if members and all(type(block) is kind and not block.runs_alone() for block in members):
+            yield chain
+        else:
+            yield from ([b] for b in chain)
 
 
 def rope_limits(config: ManticoreConfig) -> dict[int, int]:

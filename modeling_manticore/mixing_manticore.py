@@ -1,5 +1,6 @@
 """Projectors, mixture weights, and the junctions at which the paths of one block hand over to those of the next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,19 +11,9 @@ from transformers import initialization as init
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
-from .forward_manticore import weighted_sum
-from .sharing_manticore import Tables
-from .slicing_manticore import run_view
-
-
-def pad(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Zero-pad the last axis of `x` to `width` (pad_D of the paper)."""
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
-def cut(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Keep the first `width` entries of the last axis of `x` (cut_d of the paper)."""
-    return x if x.shape[-1] == width else x[..., :width]
+from .forward_manticore import cut, pad, weighted_sum
+from .sharing_manticore import SliceLayers, Tables, is_watched
+from .slicing_manticore import owner_of, run_view
 
 
 def _keep_float32(module: nn.Module, fn, name: str) -> None:
@@ -358,11 +349,16 @@ def junctions(config: ManticoreConfig) -> list[Junction]:
 class ManticorePath(nn.Module):
     """One slice with its in-projector and out-projector, where the junctions on its two sides need them."""
 
-    def __init__(self, view: PreTrainedModel, in_projector: Projector | None, out_projector: Projector | None):
+    def __init__(self, view: PreTrainedModel, layers_name: str, before: Projector | None, after: Projector | None):
         super().__init__()
-        self.slice = view
-        self.in_projector = in_projector
-        self.out_projector = out_projector
+        self.slice, self.layers_name = view, layers_name
+        self.in_projector = before
+        self.out_projector = after
+
+    def layers(self) -> tuple[nn.Module, SliceLayers]:
+        """(What owns the layers in the component's own code, the layers.)"""
+        owner, name = owner_of(self.slice, self.layers_name)
+        return owner, owner._modules[name]
 
 
 class ManticoreBlock(nn.Module):
@@ -381,9 +377,10 @@ class ManticoreBlock(nn.Module):
                 continue
             tail, blueprint = config.ends_component(index, p), blueprints[path["component"]]
             view = blueprint.view(path["start"], path["stop"], tail=tail)
-            self.paths.append(ManticorePath(view, next(entries), next(exits)))
+            self.paths.append(ManticorePath(view, blueprint.layers_name, next(entries), next(exits)))
         count = len(self.paths)
         self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
+        self.continues = index > 0 and before.name == "continues" and not any(before.gated)
 
     def mixture_weights(self) -> torch.Tensor:
         """
@@ -395,6 +392,11 @@ class ManticoreBlock(nn.Module):
         point = self.mixture.weights_without_noise()
         return point.full_tensor() if hasattr(point, "full_tensor") else point
 
+    def runs_alone(self) -> bool:
+        """Whether this block of one path has to run by itself: somebody watches it."""
+        path = self.paths._modules["0"]  # read for every token: a list of modules is slow to ask
+        return any(is_watched(module) for module in (self, path.slice, path.layers()[0]))
+
     def forward(
         self,
         boundary: Boundary,
@@ -405,20 +407,24 @@ class ManticoreBlock(nn.Module):
         need_stream: bool = False,
         routers: dict[int, list] | None = None,
         tables: Tables | None = None,
+        begun: Sequence["ManticoreBlock"] = (),
     ) -> Boundary:
         """
         Boundary before the block -> boundary after it. Paths of weight exactly 0 are skipped in evaluation. `routers`
         collects the router logits of the components that are its keys; `tables` those of masks and rotary factors.
+        `begun`: the blocks that this one continues, if their layers are to run here, too; then it is their boundary.
         """
         paths, own = [self.paths[p] for p in self.real], [weights[p] for p in self.real]
-        inputs, states = self.before.receive(boundary, [q.in_projector for q in paths], own, self.training), []
+        first, entries = (begun[0], begun[0].paths) if begun else (self, paths)
+        inputs, states = first.before.receive(boundary, [q.in_projector for q in entries], own, self.training), []
+        lent = [layer for block in begun for layer in block.paths[0].layers()[1].to_lend()]
         for p, path, given in zip(self.real, paths, inputs):
             if cache is not None:
                 cache.run_or_skip(self.index, p, given is not None)
             if given is None:
                 states.append(None)
                 continue
-            view = None if cache is None else cache.view(self.index, p)
+            view = None if cache is None else cache.view(self.index, p, [block.index for block in begun])
             states.append(
                 run_view(
                     path.slice,
@@ -428,6 +434,7 @@ class ManticoreBlock(nn.Module):
                     cache=view,
                     router_logits=None if routers is None else routers.get(self.components[p]),
                     tables=tables,
+                    lent=lent,
                 )
             )
         through = {} if self.skip is None else {"passed": boundary, "share": weights[self.skip]}

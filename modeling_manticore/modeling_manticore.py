@@ -17,6 +17,8 @@ from .forward_manticore import (
     ManticoreModelOutput,
     TrunkOutput,
     balanced_components,
+    boundaries_wanted,
+    chains,
     check_inputs,
     check_order,
     check_positions,
@@ -29,21 +31,14 @@ from .forward_manticore import (
     router_collectors,
     router_losses,
     takes_cache,
+    walks,
     weighted_sum,
 )
-from .mixing_manticore import (
-    Boundary,
-    ManticoreBlock,
-    Mixture,
-    Projector,
-    junctions,
-    stream_of,
-)
+from .mixing_manticore import Boundary, ManticoreBlock, Mixture, Projector, junctions, stream_of
 from .sharing_manticore import new_tables
 from .slicing_manticore import (
     ComponentBlueprint,
     OutsideLoops,
-    boundaries_wanted,
     collect_dtype_rules,
     component_blueprints,
     materialise,
@@ -197,6 +192,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         self._no_split_modules = ["ManticoreBlock"] + ["Mixture"] * (not config.is_discretized)  # FSDP reads this
         self._position_limits = {k: position_limit(self.stems[str(k)]) for k in config.stem_components}
         self._rope_limits, self._balanced = rope_limits(config), balanced_components(config)
+        self._chains = chains(self.blocks)
         self.is_recurrent = is_recurrent(config)
         self.gradient_checkpointing = False
         materialise(self)
@@ -257,11 +253,12 @@ class ManticoreModel(ManticorePreTrainedModel):
         given = input_ids, inputs_embeds, attention_mask, position_ids
         boundary = self.run_stems(*given, weights[0], wanted[0], tables)
         streams = [self._stream(boundary) if wanted[0] else None]
-        for b, block in enumerate(self.blocks):
-            need_stream = wanted[b + 1] or (b == len(self.blocks) - 1 and not return_boundary)
-            boundary = block(
-                boundary, weights[b], *given[2:], past_key_values, need_stream, routers=routers, tables=tables
-            )
+        together = tables is not None and not (self.training or routers or any(wanted))
+        blocks = list(self.blocks)
+        for *begun, b in walks(blocks, self._chains, ManticoreBlock if together else None):
+            need_stream = wanted[b + 1] or (b == len(blocks) - 1 and not return_boundary)
+            here = (boundary, weights[b], *given[2:], past_key_values, need_stream)
+            boundary = blocks[b](*here, routers=routers, tables=tables, begun=[blocks[i] for i in begun])
             streams.append(self._stream(boundary) if wanted[b + 1] else None)
         if past_key_values is not None:
             past_key_values.advance(tokens)

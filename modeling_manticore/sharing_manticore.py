@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -91,17 +91,26 @@ class SliceLayers(nn.ModuleList):
         return iter(self._modules.values()) if torch.compiler.is_compiling() else iter(self[:])
 
     def __getitem__(self, index):
-        if not isinstance(index, slice):
-            return super().__getitem__(index)
-        layers = self._modules
+        layers, kept = self._modules, self.kept
         if torch.compiler.is_compiling():
-            return list(layers.values())[index]
+            return list(layers.values())[index] if isinstance(index, slice) else super().__getitem__(index)
         tables = _TABLES.get()
+        if tables is not None and tables.lent:
+            layers = layers | {name: layer for _, name, layer in tables.lent}
+            kept = [*((i, name) for i, name, _ in tables.lent), *kept]
+        if not isinstance(index, slice):
+            return layers[self._get_abs_string_index(index)]
         if tables is None or not tables.skips:
             return Numbered(list(layers.items())[index])
         span = range(*index.indices(len(layers)))
-        kept = [(name, layers[name]) for i, name in self.kept if i in span]
-        return Numbered(kept or list(layers.items())[index][:1])  # a stub, so that what a walk leaves behind is there
+        walked = [(name, layers[name]) for i, name in kept if i in span]
+        return Numbered(
+            walked or list(layers.items())[index][:1]
+        )  # a stub, so that what a walk leaves behind is there
+
+    def to_lend(self) -> list[tuple[int, str, nn.Module]]:
+        """Its layers, not the stubs, for a view that runs them before its own: (index, name, layer)."""
+        return [(i, name, self._modules[name]) for i, name in self.kept]
 
 
 class Numbered(list):
@@ -138,11 +147,12 @@ class Plain:
 class Tables:
     """
     Masks and rotary tables of one forward pass, each under all that it depends on. `skips` says whether the forward
-    that runs at present walks over kept layers only, `idle` whether its view has none.
+    that runs at present walks over kept layers only, `idle` whether its view has none; `lent` are layers that it runs
+    in place of stubs, those of the slices that it continues.
     """
 
     def __init__(self):
-        self.found, self.kept, self.skips, self.idle = {}, [], False, None
+        self.found, self.kept, self.skips, self.idle, self.lent = {}, [], False, None, ()
 
     def get(self, key: tuple, inputs: tuple, build):
         """What `build()` gives for this key; `inputs` are the objects whose identity is part of the key."""
@@ -161,18 +171,29 @@ def new_tables() -> Tables | None:
 
 
 class sharing:
-    """Views that run inside build their masks and rotary tables in `tables`; None: each by itself."""
+    """
+    Views that run inside build their masks and rotary tables in `tables`; None: each by itself. The view that runs
+    inside runs `lent` layers, too.
+    """
 
-    def __init__(self, tables: Tables | None):
-        self.tables = tables
+    def __init__(self, tables: Tables | None, lent: Sequence[tuple[int, str, nn.Module]] = ()):
+        self.tables, self.lent = tables, lent
 
     def __enter__(self) -> None:
         if self.tables is not None:
-            self.token = _TABLES.set(self.tables)
+            self.token, self.tables.lent = _TABLES.set(self.tables), self.lent
 
     def __exit__(self, *error) -> None:
         if self.tables is not None:
             _TABLES.reset(self.token)
+            self.tables.lent = ()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody hooked, replaced or compiled the forward of a module, and so counts on its being called."""
+    own = module.__dict__
+    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
+    return bool(hooks or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:

@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -234,14 +235,16 @@ def run_view(
     cache: SliceCache | None = None,
     router_logits: list | None = None,
     tables: Tables | None = None,
+    lent: Sequence = (),
 ) -> torch.Tensor:
     """
     Run a stem or a slice: tokens (batch, tokens) or hidden states (batch, tokens, d_k) -> hidden states
     (batch, tokens, d_k). `attention_mask` is the two-dimensional padding mask of all tokens seen so far. What the
     routers of a mixture of experts say, (batch * tokens, experts) a layer, is added to `router_logits` if given. Masks
-    and rotary tables come from `tables`, or go there, if given.
+    and rotary tables come from `tables`, or go there, if given. `lent` layers of other views (`SliceLayers.to_lend`)
+    run in place of stubs.
     """
-    with sharing(tables):
+    with sharing(tables, lent):
         return _run_view(view, input_ids, inputs_embeds, attention_mask, position_ids, cache, router_logits)
 
 
@@ -411,17 +414,6 @@ def collect_dtype_rules(model: PreTrainedModel, blueprints: list) -> None:
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         found = {rule for b in blueprints if b is not None for rule in getattr(b.causal, name) or ()}
         setattr(model, name, set(getattr(model, name) or ()) | found)
-
-
-def boundaries_wanted(output_hidden_states: bool | int | list[int], count: int) -> list[bool]:
-    """Which of the `count` boundaries `output_hidden_states` asks for: all, none, or some by (negative) index."""
-    if isinstance(output_hidden_states, bool):
-        return [output_hidden_states] * count
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
-    if any(not -count <= index < count for index in indices):
-        raise ValueError(f"output_hidden_states: got {indices}, allowed are indices from {-count} to {count - 1}.")
-    chosen = {index % count for index in indices}
-    return [b in chosen for b in range(count)]
 
 
 def _replace(modules: dict, names: tuple, factory: type) -> None:

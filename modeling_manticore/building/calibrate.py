@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..mixing_manticore import Junction, Projector, junctions, pad
+from ..forward_manticore import pad
+from ..mixing_manticore import Junction, Projector, junctions
 from ..progress import progress_bar
 from .alignment import align_batches
 from .ridge import Regression
