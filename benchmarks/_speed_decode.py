@@ -19,7 +19,7 @@ from modeling_manticore.cache_manticore import cache_growth
 DECODE_BOUND = 1.08
 CONSTANT_WITHIN = 0.10
 WIDE = 16
-COMPILED = ("one slice", "half and half", "one-layer slices")
+COMPILED = ("one slice", "half and half", "one-layer slices", "alternating slices")
 
 
 @dataclass
@@ -108,7 +108,7 @@ def key_value_bytes(pair: Pair, batch: int, decoder: Decoder, shape: Shape) -> i
     Raises:
         RuntimeError: they are not those of the native model's attention layers.
     """
-    native = len(pair.native.attention_layers) if isinstance(pair.native, PlainLoop) else shape.layers
+    native = pair.native.kinds.count("attention") if isinstance(pair.native, PlainLoop) else shape.layers
     layers = [layer for layer in decoder.cache.layers if isinstance(layer, DynamicLayer)]
     bytes_held = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
     found, rest = divmod(bytes_held, batch * layers[0].keys.shape[-2])

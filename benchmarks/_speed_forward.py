@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from _speed_shapes import (
     Pair,
     Shape,
+    alternating,
     half_and_half,
-    half_and_half_with_our_mamba,
     one_layer_slices,
     one_slice,
     supernet,
     tokens,
+    with_our_mamba,
 )
 from _timing import Work, compare
 from torch import nn
@@ -28,8 +30,10 @@ SUPERNETS = {"": SUPERNET_BOUND, " (our Mamba in both)": None}  # what stands be
 PAIRS: dict[str, Callable[[Shape], Pair]] = {
     "one slice": one_slice,
     "half and half": half_and_half,
-    "half and half (our Mamba in both)": half_and_half_with_our_mamba,
+    "half and half (our Mamba in both)": partial(with_our_mamba, half_and_half),
     "one-layer slices": one_layer_slices,
+    "alternating slices": alternating,
+    "alternating slices (our Mamba in both)": partial(with_our_mamba, alternating),
 }
 CLOSE = 1e-3
 

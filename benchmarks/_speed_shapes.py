@@ -1,5 +1,6 @@
 """Shapes of the speed benchmark: components with random weights, hybrids of them, and the same layers natively."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,18 +130,28 @@ def one_layer_slices(shape: Shape, kind: str = "attention") -> Pair:
     return Pair(hybrid, component, shape.layers, kind == "attention")
 
 
+def mixed(shape: Shape, *slices: tuple[int, int, int]) -> Pair:
+    """A hybrid of slices of a Transformer (0) and a state-space model (1), and those layers in a loop."""
+    components = [make(shape.attention()), make(shape.state(), seed=1)]
+    hybrid = ManticoreForCausalLM.from_components(components, blocks=paths(*slices))
+    bridges = [block.paths[0].in_projector for block in hybrid.model.blocks]
+    return Pair(hybrid, PlainLoop(*components, slices, bridges), len(slices))
+
+
 def half_and_half(shape: Shape) -> Pair:
     """The first half of a Transformer, a bridge, the second half of a state-space model; those layers in a loop."""
     half = shape.layers // 2
-    components = [make(shape.attention()), make(shape.state(), seed=1)]
-    blocks = paths((0, 0, half), (1, half, shape.layers))
-    hybrid = ManticoreForCausalLM.from_components(components, blocks=blocks)
-    return Pair(hybrid, PlainLoop(*components, half, hybrid.model.blocks[1].paths[0].in_projector), 2)
+    return mixed(shape, (0, 0, half), (1, half, shape.layers))
 
 
-def half_and_half_with_our_mamba(shape: Shape) -> Pair:
+def alternating(shape: Shape) -> Pair:
+    """A layer of a Transformer, a bridge, one of a state-space model, a bridge and so on; those layers in a loop."""
+    return mixed(shape, *((layer % 2, layer, layer + 1) for layer in range(shape.layers)))
+
+
+def with_our_mamba(build: Callable[[Shape], Pair], shape: Shape) -> Pair:
     """The same, and our code in the loop's state-space layers, too."""
-    pair = half_and_half(shape)
+    pair = build(shape)
     use_own_scan(pair.native)
     return replace(pair, has_our_mamba=True)
 
@@ -161,19 +172,27 @@ def supernet(shape: Shape, blocks: int | None = None) -> tuple[PreTrainedModel, 
 
 class PlainLoop(nn.Module):
     """
-    What one would write by hand for half a GPT-NeoX and half a Mamba-2: their own layers in a plain loop, one mask of
-    each kind and one rotary table shared by all layers that use it, a linear bridge between the halves.
+    What one would write by hand for layers of a GPT-NeoX and a Mamba-2: their own layers in a plain loop, one mask of
+    each kind and one rotary table shared by all layers that use it, a linear bridge wherever the component changes.
+
+    Args:
+        first, second: the components; the first has the embedding, the second the final norm and the head.
+        slices: (component, start, stop) in order. bridges: what the hybrid has in front of each slice, or None.
     """
 
-    def __init__(self, first: PreTrainedModel, second: PreTrainedModel, half: int, bridge: nn.Module):
+    def __init__(self, first: PreTrainedModel, second: PreTrainedModel, slices: Sequence[tuple], bridges: list):
         super().__init__()
         self.first_config, self.second_config = first.config, second.config
         self.embedding, self.rotary = first.gpt_neox.embed_in, first.gpt_neox.rotary_emb
         self.dropout = first.gpt_neox.emb_dropout
-        self.attention_layers = first.gpt_neox.layers[:half]
-        self.bridge = nn.Linear(bridge.in_features, bridge.out_features)
-        self.bridge.load_state_dict(bridge.state_dict())
-        self.state_layers = second.backbone.layers[half:]
+        self.steps, self.kinds = nn.ModuleList(), []
+        for (component, start, stop), bridge in zip(slices, bridges, strict=True):
+            if bridge is not None:
+                self.steps.append(nn.Linear(bridge.in_features, bridge.out_features))
+                self.steps[-1].load_state_dict(bridge.state_dict())
+            layers = second.backbone.layers if component else first.gpt_neox.layers
+            self.steps.extend(layers[start:stop])
+            self.kinds += ["bridge"] * (bridge is not None) + ["state" if component else "attention"] * (stop - start)
         self.norm, self.head = second.backbone.norm_f, second.lm_head
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0):
@@ -187,25 +206,22 @@ class PlainLoop(nn.Module):
         own = None if cache is None else cache.attention
         common = {"config": self.first_config, "inputs_embeds": x, "attention_mask": attention_mask}
         mask = create_causal_mask(**common, past_key_values=own, position_ids=positions)
-        rotary = self.rotary(x, position_ids=positions)
-        for layer in self.attention_layers:
-            x = layer(
-                x,
-                attention_mask=mask,
-                position_ids=positions,
-                layer_past=own,
-                use_cache=use_cache,
-                position_embeddings=rotary,
-            )
-        x = self.bridge(x)
+        attention = {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "layer_past": own,
+            "use_cache": use_cache,
+            "position_embeddings": self.rotary(x, position_ids=positions),
+        }
         state = None if cache is None else cache.state
         if attention_mask is not None:
             attention_mask = attention_mask[:, -x.shape[1] :]
         mask = create_recurrent_attention_mask(
             config=self.second_config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=state
         )
-        for layer in self.state_layers:
-            x = layer(x, cache_params=state, attention_mask=mask)
+        given = {"attention": attention, "state": {"cache_params": state, "attention_mask": mask}, "bridge": {}}
+        for kind, step in zip(self.kinds, self.steps):
+            x = step(x, **given[kind])
         x = self.norm(x)
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         return Output(self.head(x[:, kept]).float(), cache)

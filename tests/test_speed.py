@@ -16,7 +16,6 @@ import _speed_forward as passes  # noqa: E402
 from _speed_shapes import (  # noqa: E402
     Shape,
     half_and_half,
-    half_and_half_with_our_mamba,
     one_layer_slices,
     one_slice,
     tokens,
@@ -48,14 +47,14 @@ def beyond_twice(measure, shape: Shape = QUICK, settings: passes.Settings = SETT
 
 
 @pytest.fixture
-def two_pairs(monkeypatch):
-    """Without the hybrid of one-layer slices, whose fixed costs are a larger share than the bound at this size."""
-    chosen = {"one slice": one_slice, "half and half": half_and_half}
+def three_pairs(monkeypatch):
+    """One of each kind."""
+    chosen = {"one slice": one_slice, "half and half": half_and_half, "one-layer slices": one_layer_slices}
     monkeypatch.setattr(passes, "PAIRS", chosen)
     monkeypatch.setattr(decoding, "PAIRS", chosen)
 
 
-def test_a_forward_pass_costs_what_the_native_model_costs(two_pairs):
+def test_a_forward_pass_costs_what_the_native_model_costs(three_pairs):
     assert beyond_twice(passes.discretized_forward) == []
 
 
@@ -65,7 +64,7 @@ def test_a_supernet_costs_what_its_components_cost(measure, monkeypatch):
     assert beyond_twice(measure) == []
 
 
-def test_decoding_costs_what_the_native_model_costs(two_pairs):
+def test_decoding_costs_what_the_native_model_costs(three_pairs):
     assert beyond_twice(decoding.decode, DECODING) == []
 
 
@@ -92,14 +91,14 @@ def test_a_slower_model_is_found(monkeypatch):
 class TestThePairs:
     shape = Shape("least", 32, 4, 64, 2, 24)
 
-    @pytest.mark.parametrize("build", [one_slice, half_and_half, half_and_half_with_our_mamba, one_layer_slices])
-    def test_both_are_the_same_function(self, build):
-        pair = build(self.shape)
+    @pytest.mark.parametrize("name", passes.PAIRS)
+    def test_both_are_the_same_function(self, name):
+        pair = passes.PAIRS[name](self.shape)
         ids = tokens(self.shape, 2, 90)
         assert passes.must_agree(pair, ids) < 1e-4
         ours, _, difference = decoding.pair_of_decoders(pair, ids, 64)
         assert difference < 1e-4
-        attention = {one_slice: 4, one_layer_slices: 4}.get(build, 2)
+        attention = {"one slice": 4, "one-layer slices": 4}.get(name, 2)
         assert decoding.key_value_bytes(pair, 2, ours, self.shape) == attention * 2 * 32 * 4
 
     def test_models_that_differ_are_refused(self):
