@@ -380,6 +380,7 @@ class ManticoreBlock(nn.Module):
             self.paths.append(ManticorePath(view, blueprint.layers_name, next(entries), next(exits)))
         count = len(self.paths)
         self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
+        self.leads_on = before.single and after.single and after.onward is None  # one path between two single sides
         self.continues = index > 0 and before.name == "continues" and not any(before.gated)
 
     def mixture_weights(self) -> torch.Tensor:
@@ -414,31 +415,31 @@ class ManticoreBlock(nn.Module):
         collects the router logits of the components that are its keys; `tables` those of masks and rotary factors.
         `begun`: the blocks that this one continues, if their layers are to run here, too; then it is their boundary.
         """
+        first, given = begun[0] if begun else self, (attention_mask, position_ids, cache, routers, tables, begun)
+        if self.leads_on and first.before.single and not need_stream:
+            bridge, state = first.paths._modules["0"].in_projector, boundary.states[0]
+            return Boundary([self._run(0, state if bridge is None else bridge(state), *given)], [None], weights)
         paths, own = [self.paths[p] for p in self.real], [weights[p] for p in self.real]
-        first, entries = (begun[0], begun[0].paths) if begun else (self, paths)
-        inputs, states = first.before.receive(boundary, [q.in_projector for q in entries], own, self.training), []
-        lent = [layer for block in begun for layer in block.paths[0].layers()[1].to_lend()]
-        for p, path, given in zip(self.real, paths, inputs):
+        entries = [first.paths[p].in_projector for p in first.real]
+        inputs, states = first.before.receive(boundary, entries, own, self.training), []
+        for p, entry in zip(self.real, inputs):
             if cache is not None:
-                cache.run_or_skip(self.index, p, given is not None)
-            if given is None:
-                states.append(None)
-                continue
-            view = None if cache is None else cache.view(self.index, p, [block.index for block in begun])
-            states.append(
-                run_view(
-                    path.slice,
-                    inputs_embeds=given,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    cache=view,
-                    router_logits=None if routers is None else routers.get(self.components[p]),
-                    tables=tables,
-                    lent=lent,
-                )
-            )
+                cache.run_or_skip(self.index, p, entry is not None)
+            states.append(None if entry is None else self._run(p, entry, *given))
         through = {} if self.skip is None else {"passed": boundary, "share": weights[self.skip]}
         return self.after.emit(states, own, [path.out_projector for path in paths], need_stream, **through)
+
+    def _run(self, p, entry, attention_mask, position_ids, cache, routers, tables, begun):
+        return run_view(
+            self.paths._modules[str(p)].slice,
+            inputs_embeds=entry,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=None if cache is None else cache.view(self.index, p, [block.index for block in begun]),
+            router_logits=None if routers is None else routers.get(self.components[p]),
+            tables=tables,
+            lent=[layer for block in begun for layer in block.paths[0].layers()[1].to_lend()] if begun else (),
+        )
 
 
 __all__ = ["Junction", "ManticoreBlock", "Mixture", "Projector"]

@@ -292,8 +292,8 @@ def _assemble(model: PreTrainedModel, k: int) -> PreTrainedModel | None:
     for tail in FINAL_NORMS + AFTER_LAST:
         if owner._modules.get(tail) is None:
             continue
-        candidates = [owner_of(view, name)[0]._modules[tail] for view in ends]
-        real = [module for module in candidates if not isinstance(module, nn.Identity)]
+        candidates = [owner_of(view, name)[0]._modules.get(tail) for view in ends]
+        real = [module for module in candidates if module is not None]
         if not real:
             return None
         owner._modules[tail] = real[0]
