@@ -16,6 +16,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooked
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -193,7 +194,8 @@ def is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked, replaced or compiled the forward of a module, and so counts on its being called."""
     own = module.__dict__
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
-    return bool(hooks or "forward" in own or own.get("_compiled_call_impl"))
+    everywhere = hooked._global_forward_pre_hooks or hooked._global_forward_hooks
+    return bool(hooks or everywhere or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:

@@ -104,6 +104,14 @@ def test_who_is_watched_is_called(which, lent):
     assert torch.equal(logits_of(model), expected) and lent == [2]
 
 
+def test_who_watches_all_modules_meets_every_block(lent):
+    model, calls = hybrid(["llama"], THREE), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    logits_of(model)
+    handle.remove()
+    assert lent == [0, 0, 0] and all(any(block is called for called in calls) for block in model.model.blocks)
+
+
 def test_a_wrapped_block_is_called(lent):
     class Wrapper(nn.Module):
         def __init__(self, inner):
