@@ -13,6 +13,7 @@ from inspect import signature
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -49,9 +50,10 @@ class SliceCache(Cache):
     """
 
     def __init__(self, parent: "ManticoreCache", layers: list, start: int, depth: int):
-        placeholders = [Placeholder() for _ in range(depth)]
-        super().__init__(layers=placeholders[:start] + layers + placeholders[start + len(layers) :])
-        self.parent, self.kinds = parent, kinds_of(self.layers)
+        placeholder = Placeholder()
+        others = [placeholder] * (depth - len(layers))
+        super().__init__(layers=others[:start] + layers + others[start:])
+        self.parent, self.kinds = parent, kinds_of(layers + others[:1])
         self.ahead = 0  # tokens of the current forward pass that this slice has already been fed, one at a time
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -78,28 +80,22 @@ class ManticoreCache(Cache):
     is_compileable = False
 
     def __init__(self, config: ManticoreConfig):
-        owned, layers = {}, []
+        self._slices, self._views, unused = {}, {}, {}
         for b, block in enumerate(config.blocks):
             for p in config.real_paths(b):
-                complete = DynamicCache(config=config.components[block[p]["component"]]).layers
-                owned[b, p] = complete[block[p]["start"] : block[p]["stop"]]
-                layers.extend(owned[b, p])
-        super().__init__(layers=layers)
+                k, start, stop = (block[p][name] for name in ("component", "start", "stop"))
+                own = _take(unused.setdefault(k, []), config.components[k], start, stop)
+                self._slices[b, p] = own, start, config.depth(k)
+        super().__init__(layers=[layer for own, _, _ in self._slices.values() for layer in own])
         self.seen_tokens, self.skipped = 0, set()
-        self._views = {
-            (b, p): SliceCache(
-                self, owned[b, p], config.blocks[b][p]["start"], config.depth(config.blocks[b][p]["component"])
-            )
-            for b, p in owned
-        }
 
     def view(self, block: int, path: int, before: Sequence[int] = ()) -> SliceCache:
-        """The part of the cache that belongs to one path, with those of the blocks of one path that run with it."""
+        """The part of the cache that belongs to one path, with those of the blocks of one path that it continues."""
         key = (block, path, *before)
         if key not in self._views:
-            parts = [self._views[b, 0].layers for b in before] + [self._views[block, path].layers]
-            real = [next((x for x in same if not isinstance(x, Placeholder)), same[0]) for same in zip(*parts)]
-            self._views[key] = SliceCache(self, real, 0, len(real))
+            parts = [*(self._slices[b, 0] for b in before), self._slices[block, path]]
+            _, start, depth = parts[0]
+            self._views[key] = SliceCache(self, [layer for own, _, _ in parts for layer in own], start, depth)
         return self._views[key]
 
     def run_or_skip(self, block: int, path: int, runs: bool) -> None:
@@ -148,6 +144,17 @@ class ManticoreCache(Cache):
         """Empty every layer and the token count."""
         super().reset()
         self.seen_tokens, self.skipped = 0, set()
+
+
+def _take(caches: list[list], component: PreTrainedConfig, start: int, stop: int) -> list:
+    """Layers [start, stop) of a component's cache that no path has yet; out of those left over, or of a new one."""
+    left = next((layers for layers in caches if None not in layers[start:stop]), None)
+    if left is None:
+        left = list(DynamicCache(config=component).layers)
+        caches.append(left)
+    own = left[start:stop]
+    left[start:stop] = [None] * len(own)
+    return own
 
 
 @contextmanager

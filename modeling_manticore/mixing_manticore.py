@@ -13,7 +13,7 @@ from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
 from .forward_manticore import cut, pad, weighted_sum
 from .sharing_manticore import SliceLayers, Tables, is_watched
-from .slicing_manticore import owner_of, run_view
+from .slicing_manticore import run_view
 
 
 def _keep_float32(module: nn.Module, fn, name: str) -> None:
@@ -351,14 +351,16 @@ class ManticorePath(nn.Module):
 
     def __init__(self, view: PreTrainedModel, layers_name: str, before: Projector | None, after: Projector | None):
         super().__init__()
-        self.slice, self.layers_name = view, layers_name
+        self.slice, self.layers_path = view, layers_name.split(".")
         self.in_projector = before
         self.out_projector = after
 
     def layers(self) -> tuple[nn.Module, SliceLayers]:
         """(What owns the layers in the component's own code, the layers.)"""
-        owner, name = owner_of(self.slice, self.layers_name)
-        return owner, owner._modules[name]
+        owner, layers = None, self._modules["slice"]  # found for every token: attributes of modules are slow to ask
+        for name in self.layers_path:
+            owner, layers = layers, layers._modules[name]
+        return owner, layers
 
 
 class ManticoreBlock(nn.Module):
@@ -395,8 +397,8 @@ class ManticoreBlock(nn.Module):
 
     def runs_alone(self) -> bool:
         """Whether this block of one path has to run by itself: somebody watches it."""
-        path = self.paths._modules["0"]  # read for every token: a list of modules is slow to ask
-        return any(is_watched(module) for module in (self, path.slice, path.layers()[0]))
+        path = self.paths._modules["0"]
+        return is_watched(self) or is_watched(path._modules["slice"]) or is_watched(path.layers()[0])
 
     def forward(
         self,
@@ -438,7 +440,7 @@ class ManticoreBlock(nn.Module):
             cache=None if cache is None else cache.view(self.index, p, [block.index for block in begun]),
             router_logits=None if routers is None else routers.get(self.components[p]),
             tables=tables,
-            lent=[layer for block in begun for layer in block.paths[0].layers()[1].to_lend()] if begun else (),
+            lent=[layer for block in begun for layer in block.paths._modules["0"].layers()[1].to_lend()],
         )
 
 

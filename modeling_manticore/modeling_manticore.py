@@ -35,7 +35,7 @@ from .forward_manticore import (
     weighted_sum,
 )
 from .mixing_manticore import Boundary, ManticoreBlock, Mixture, Projector, junctions, stream_of
-from .sharing_manticore import new_tables
+from .sharing_manticore import all_are_watched, new_tables
 from .slicing_manticore import (
     ComponentBlueprint,
     OutsideLoops,
@@ -253,7 +253,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         given = input_ids, inputs_embeds, attention_mask, position_ids
         boundary = self.run_stems(*given, weights[0], wanted[0], tables)
         streams = [self._stream(boundary) if wanted[0] else None]
-        together = tables is not None and not (self.training or routers or any(wanted))
+        together = tables is not None and not (self.training or routers or any(wanted) or all_are_watched())
         blocks = list(self.blocks)
         for *begun, b in walks(blocks, self._chains, ManticoreBlock if together else None):
             need_stream = wanted[b + 1] or (b == len(blocks) - 1 and not return_boundary)

@@ -35,6 +35,11 @@ class Zero(nn.Module):
         return torch.zeros(())
 
 
+def same(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Stands for a module that must change nothing."""
+    return hidden_states
+
+
 class Absent:
     """
     Stands for a module or buffer that a view does without: it has every attribute, counts as initialised already, and
@@ -89,7 +94,12 @@ class SliceLayers(nn.ModuleList):
         self.kept = [(i, str(i)) for i, layer in enumerate(self._modules.values()) if type(layer) is not PassThrough]
 
     def __iter__(self):
-        return iter(self._modules.values()) if torch.compiler.is_compiling() else iter(self[:])
+        if torch.compiler.is_compiling():
+            return iter(self._modules.values())
+        tables = _TABLES.get()
+        if tables is None or tables.lent or not (tables.skips and self.kept):
+            return iter(self[:])
+        return iter([self._modules[name] for _, name in self.kept])
 
     def __getitem__(self, index):
         layers, kept = self._modules, self.kept
@@ -194,8 +204,12 @@ def is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked, replaced or compiled the forward of a module, and so counts on its being called."""
     own = module.__dict__
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
-    everywhere = hooked._global_forward_pre_hooks or hooked._global_forward_hooks
-    return bool(hooks or everywhere or "forward" in own or own.get("_compiled_call_impl"))
+    return bool(hooks or "forward" in own or own.get("_compiled_call_impl"))
+
+
+def all_are_watched() -> bool:
+    """Whether somebody hooked every module there is."""
+    return bool(hooked._global_forward_pre_hooks or hooked._global_forward_hooks)
 
 
 def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:
@@ -206,6 +220,12 @@ def share_tables(owner: nn.Module, layers: nn.ModuleList) -> None:
     for child in owner.children():
         if is_pure_table(child):
             child.__class__ = _subclass(type(child), _table_forward)
+
+
+def pass_on(base: nn.Module) -> None:
+    """Let the base of a head without a final norm give what it gets, which the guard has found, without running."""
+    family = type(base).__bases__[0] if "shares_tables" in vars(type(base)) else type(base)
+    base.__class__ = _subclass(family, _empty_forward)
 
 
 @functools.cache
@@ -231,6 +251,15 @@ def _remake(family: type, own_forward) -> nn.Module:
     return kind.__new__(kind)
 
 
+def _empty_forward(family, self, *args, **kwargs):
+    given = kwargs.get("inputs_embeds")
+    if given is not None and not torch.compiler.is_compiling() and _TABLES.get() is not None:
+        return Plain(last_hidden_state=given)
+    if "runs_layers" in vars(self):
+        return _owner_forward(family, self, *args, **kwargs)
+    return family.forward(self, *args, **kwargs)
+
+
 def _owner_forward(family, self, *args, **kwargs):
     tables = None if torch.compiler.is_compiling() else _TABLES.get()
     if tables is None or not _needs_no_wrapper(self, args, kwargs):
@@ -252,9 +281,8 @@ def _needs_no_wrapper(owner, args, kwargs) -> bool:
         return False
     if kwargs.get("use_cache") is None or kwargs.get("return_dict", True) is not True or "is_causal" in kwargs:
         return False
-    for name, value in kwargs.items():
-        if name.startswith("output_") and value:
-            return False
+    if any(map(kwargs.get, _outputs_among(tuple(kwargs)))):
+        return False
     config = owner.config
     settings = object.__getattribute__(config, "__dict__")  # a configuration is slow to ask
     return (
@@ -263,6 +291,12 @@ def _needs_no_wrapper(owner, args, kwargs) -> bool:
         and not hasattr(type(config), "is_causal")
         and not (owner.training and getattr(owner, "gradient_checkpointing", False))
     )
+
+
+@functools.cache
+def _outputs_among(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the names of arguments those that ask for more outputs."""
+    return tuple(name for name in names if name.startswith("output_"))
 
 
 def _nothing(self) -> None:

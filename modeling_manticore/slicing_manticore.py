@@ -20,7 +20,7 @@ from .cache_manticore import CACHE, PADDING_LEAKS, STATE_ON_MODULES, SliceCache,
 from .configuration_manticore import ManticoreConfig
 from .hollow_manticore import on_meta
 from .scan_manticore import use_own_scan
-from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, share_tables, sharing
+from .sharing_manticore import Absent, PassThrough, SliceLayers, Tables, Zero, pass_on, same, share_tables, sharing
 
 
 FINAL_NORMS = ("norm", "final_norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "embedding_norm")
@@ -98,7 +98,10 @@ class ComponentBlueprint:
         """
         head = self._copy(self.causal)
         depth = self.config.num_hidden_layers
-        self._fill(getattr(head, self.prefix), depth, depth, self.config.layer_arity, stem=False, tail=norm)
+        base = getattr(head, self.prefix)
+        self._fill(base, depth, depth, self.config.layer_arity, stem=False, tail=norm)
+        if not norm:
+            pass_on(base)
         return head
 
     @property
@@ -423,11 +426,6 @@ def _neutralise(owner: nn.Module, names: tuple) -> None:
         if owner._modules.get(name) is not None:
             del owner._modules[name]
             owner.__dict__[name] = same
-
-
-def same(hidden_states: torch.Tensor) -> torch.Tensor:
-    """What neutral modules are replaced by."""
-    return hidden_states
 
 
 def _model_class(mapping, config: PreTrainedConfig) -> type:

@@ -1,6 +1,7 @@
 """Blocks that continue each other run as one walk over their layers, unless somebody watches one of them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_sharing import hybrid, padded_prefill_and_steps, same
 from tiny import FAMILIES, tokens
 from torch import nn
 
-from modeling_manticore import mixing_manticore, modeling_manticore
+from modeling_manticore import mixing_manticore, modeling_manticore, sharing_manticore, slicing_manticore
 
 
 THREE = [(0, 0, 1), (0, 1, 2), (0, 2, 3)]
@@ -150,3 +151,15 @@ def test_changed_layers_are_the_ones_that_run(lent):
     assert not torch.equal(logits_of(model), before)
     layers._modules["0"] = copy.deepcopy(model.model.blocks[1].paths[0].layers()[1][1])
     assert logits_of(model).isfinite().all() and lent == [2, 2, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_base_of_a_head_without_a_norm_gives_what_it_gets(family):
+    """With tables it does not run, without them it does: the logits are the same bits."""
+    model = hybrid([family], THREE[:1] + [(0, 1, FAMILIES[family]().num_hidden_layers)])
+    (head,) = model.heads.values()
+    state = torch.randn(2, 5, FAMILIES[family]().hidden_size)
+    found = slicing_manticore.run_head(head, state, sharing_manticore.Tables())
+    assert torch.equal(found, slicing_manticore.run_head(head, state))
+    assert same(padded_prefill_and_steps(pickle.loads(pickle.dumps(model))), padded_prefill_and_steps(model))
