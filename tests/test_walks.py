@@ -8,8 +8,15 @@ import torch
 from test_sharing import hybrid, padded_prefill_and_steps, same
 from tiny import FAMILIES, tokens
 from torch import nn
+from transformers import DynamicCache
 
-from modeling_manticore import mixing_manticore, modeling_manticore, sharing_manticore, slicing_manticore
+from modeling_manticore import (
+    ManticoreCache,
+    mixing_manticore,
+    modeling_manticore,
+    sharing_manticore,
+    slicing_manticore,
+)
 
 
 THREE = [(0, 0, 1), (0, 1, 2), (0, 2, 3)]
@@ -163,3 +170,19 @@ def test_the_base_of_a_head_without_a_norm_gives_what_it_gets(family):
     found = slicing_manticore.run_head(head, state, sharing_manticore.Tables())
     assert torch.equal(found, slicing_manticore.run_head(head, state))
     assert same(padded_prefill_and_steps(pickle.loads(pickle.dumps(model))), padded_prefill_and_steps(model))
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [THREE, [(0, 0, 2), (0, 1, 3)], [(0, 2, 4), (0, 0, 2), (0, 0, 3)], [(0, 3, 4)] * 3, [(0, 2, 4), (1, 0, 2)]],
+)
+def test_every_path_has_cache_layers_of_its_own(paths):
+    """Of the kinds that the component's own cache has there, however often a layer is used."""
+    config = hybrid(["gemma3_text", "jamba"], paths).config
+    cache, complete = ManticoreCache(config), [DynamicCache(config=c).layers for c in config.components]
+    assert len({id(layer) for layer in cache.layers}) == len(cache.layers) == sum(b - a for _, a, b in paths)
+    for b, (k, start, stop) in enumerate(paths):
+        view = cache.view(b, 0)
+        assert [type(layer) for layer in view.layers[start:stop]] == [type(x) for x in complete[k][start:stop]]
+        own = {id(layer) for layer in cache.layers}
+        assert [id(layer) in own for layer in view.layers] == [start <= i < stop for i in range(len(complete[k]))]
