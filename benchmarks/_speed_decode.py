@@ -154,6 +154,7 @@ def compiled_decode(shape: Shape, settings: Settings) -> list[dict]:
     """
     rows = []
     for name in COMPILED:
+        torch._dynamo.reset()  # graphs of all pairs count against one limit
         pair = PAIRS[name](shape)
         ids = tokens(shape, 1, shape.contexts[0] + shape.steps)
         ours, native, difference = pair_of_decoders(pair, ids, shape.steps)

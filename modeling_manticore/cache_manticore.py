@@ -88,6 +88,8 @@ class ManticoreCache(Cache):
                 self._slices[b, p] = own, start, config.depth(k)
         super().__init__(layers=[layer for own, _, _ in self._slices.values() for layer in own])
         self.seen_tokens, self.skipped = 0, set()
+        for b, p in self._slices:  # here, not when asked for: a compiled graph could not make them
+            self.view(b, p)
 
     def view(self, block: int, path: int, before: Sequence[int] = ()) -> SliceCache:
         """The part of the cache that belongs to one path, with those of the blocks of one path that it continues."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo as dynamo
+from test_sharing import hybrid as one_path_a_block
 from tiny import FAMILIES, component, tokens
 
 from modeling_manticore import ManticoreForCausalLM, discretize
@@ -116,6 +117,21 @@ def test_generate_takes_compiled_passes():
     assert 1 < dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     for one, other in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_compiled_tokens_go_on_from_caches_that_are_not():
+    """Each from a cache of its own, which blocks filled together that are compiled one by one; no more graphs."""
+    model, ids, graphs = one_path_a_block(["llama"], [(0, 0, 1), (0, 1, 2), (0, 2, 4)]), tokens(), []
+    expected = model(ids).logits
+    caches = [model(ids[:, :6], use_cache=True).past_key_values for _ in range(3)]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for cache in caches:
+        for t in range(6, 12):
+            out = compiled(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(out.logits, expected[:, t : t + 1], atol=1e-5, rtol=0)
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] <= 2 and not dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("kind", ["supernet", "discretized"])
