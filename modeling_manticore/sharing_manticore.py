@@ -115,9 +115,9 @@ class SliceLayers(nn.ModuleList):
             return Numbered(list(layers.items())[index])
         span = range(*index.indices(len(layers)))
         walked = [(name, layers[name]) for i, name in kept if i in span]
-        return Numbered(
-            walked or list(layers.items())[index][:1]
-        )  # a stub, so that what a walk leaves behind is there
+        if not walked:  # a stub, so that what a walk leaves behind is there
+            walked = list(layers.items())[index][:1]
+        return Numbered(walked)
 
     def to_lend(self) -> list[tuple[int, str, nn.Module]]:
         """Its layers, not the stubs, for a view that runs them before its own: (index, name, layer)."""
