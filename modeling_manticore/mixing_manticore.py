@@ -355,7 +355,7 @@ class ManticorePath(nn.Module):
         self.in_projector = before
         self.out_projector = after
 
-    def layers(self) -> tuple[nn.Module, SliceLayers]:
+    def owner_and_layers(self) -> tuple[nn.Module, SliceLayers]:
         """(What owns the layers in the component's own code, the layers.)"""
         owner, layers = None, self._modules["slice"]  # found for every token: attributes of modules are slow to ask
         for name in self.layers_path:
@@ -382,7 +382,7 @@ class ManticoreBlock(nn.Module):
             self.paths.append(ManticorePath(view, blueprint.layers_name, next(entries), next(exits)))
         count = len(self.paths)
         self.mixture = Mixture(count, config.mixture, config.mixture_temperature) if count > 1 else None
-        self.leads_on = before.single and after.single and after.onward is None  # one path between two single sides
+        self.is_between_single_sides = before.single and after.single and after.onward is None
         self.continues = index > 0 and before.name == "continues" and not any(before.gated)
 
     def mixture_weights(self) -> torch.Tensor:
@@ -398,7 +398,7 @@ class ManticoreBlock(nn.Module):
     def runs_alone(self) -> bool:
         """Whether this block of one path has to run by itself: somebody watches it."""
         path = self.paths._modules["0"]
-        return is_watched(self) or is_watched(path._modules["slice"]) or is_watched(path.layers()[0])
+        return is_watched(self) or is_watched(path._modules["slice"]) or is_watched(path.owner_and_layers()[0])
 
     def forward(
         self,
@@ -418,7 +418,7 @@ class ManticoreBlock(nn.Module):
         `begun`: the blocks that this one continues, if their layers are to run here, too; then it is their boundary.
         """
         first, given = begun[0] if begun else self, (attention_mask, position_ids, cache, routers, tables, begun)
-        if self.leads_on and first.before.single and not need_stream:
+        if self.is_between_single_sides and first.before.single and not need_stream:
             bridge, state = first.paths._modules["0"].in_projector, boundary.states[0]
             return Boundary([self._run(0, state if bridge is None else bridge(state), *given)], [None], weights)
         paths, own = [self.paths[p] for p in self.real], [weights[p] for p in self.real]
@@ -440,7 +440,7 @@ class ManticoreBlock(nn.Module):
             cache=None if cache is None else cache.view(self.index, p, [block.index for block in begun]),
             router_logits=None if routers is None else routers.get(self.components[p]),
             tables=tables,
-            lent=[layer for block in begun for layer in block.paths._modules["0"].layers()[1].to_lend()],
+            lent=[layer for block in begun for layer in block.paths._modules["0"].owner_and_layers()[1].to_lend()],
         )
 
 

@@ -90,7 +90,7 @@ def test_a_cache_goes_on_either_way_and_can_be_reordered_and_cropped(monkeypatch
 
 
 def owner_of_layers(block):
-    return block.paths[0].layers()[0]
+    return block.paths[0].owner_and_layers()[0]
 
 
 @pytest.mark.parametrize("which", [lambda b: b, lambda b: b.paths[0].slice, owner_of_layers])
@@ -153,10 +153,10 @@ def test_boundaries_routers_and_training_need_every_block(lent):
 def test_changed_layers_are_the_ones_that_run(lent):
     model = hybrid(["llama"], THREE)
     before = logits_of(model)
-    layers = model.model.blocks[0].paths[0].layers()[1]
+    layers = model.model.blocks[0].paths[0].owner_and_layers()[1]
     layers[0].mlp = nn.Identity()
     assert not torch.equal(logits_of(model), before)
-    layers._modules["0"] = copy.deepcopy(model.model.blocks[1].paths[0].layers()[1][1])
+    layers._modules["0"] = copy.deepcopy(model.model.blocks[1].paths[0].owner_and_layers()[1][1])
     assert logits_of(model).isfinite().all() and lent == [2, 2, 2]
 
 
