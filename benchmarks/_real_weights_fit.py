@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,10 +40,6 @@ class FitOptions:
     like_attention: bool = True
 
 
-class OutOfTime(Exception):
-    """The time allowed was over before the work was; what is done of it is kept."""
-
-
 class AttentionStates:
     """
     Input and output of the attention of some layers, (rows, tokens, width) each. The trunk of the given Llama is cut
@@ -79,10 +74,10 @@ def unexplained(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class MixerFit:
-    """One fit in a folder of its own, which a killed or stopped run continues from."""
+    """One fit, whose checkpoints in a folder of its own a killed run continues from."""
 
-    def __init__(self, teacher: PreTrainedModel, layers: list[int], options: FitOptions, folder: Path):
-        self.options, self.layers, self.folder = options, sorted(layers), folder
+    def __init__(self, teacher: PreTrainedModel, layers: list[int], options: FitOptions, checkpoints: Path):
+        self.options, self.layers, self.checkpoints = options, sorted(layers), checkpoints
         torch.manual_seed(options.seed)
         donor = mamba_layers(teacher, len(layers), options.state, like_attention=options.like_attention)
         for layer, own in zip(self.layers, donor.model.layers):
@@ -93,17 +88,16 @@ class MixerFit:
         )
         self.states = AttentionStates(teacher, self.layers)
         self.optimizer = torch.optim.AdamW(self.mixers.parameters(), lr=options.learning_rate, weight_decay=0.0)
-        self.step, self.seconds = 0, {"cpu": 0.0, "wall": 0.0}
+        self.step, self.earlier = 0, {"cpu": 0.0, "wall": 0.0}
 
-    def run(self, train: torch.LongTensor, search: torch.LongTensor, out_of_time: Callable[[], bool]) -> dict:
+    def run(self, train: torch.LongTensor, search: torch.LongTensor) -> dict:
         """
-        Fit on rows (rows, tokens) and write `mixers.safetensors` and `fit.json`.
+        Fit on rows (rows, tokens).
 
         Returns:
-            Held-out R^2 of every layer, tokens, parameters of a mixer, and seconds.
+            Held-out R^2 of every layer, tokens, parameters of a mixer, and the seconds before the last start.
 
         Raises:
-            OutOfTime: before the last step; a checkpoint is kept.
             ValueError: there are fewer training rows than the options ask for.
         """
         options = self.options
@@ -114,31 +108,26 @@ class MixerFit:
         steps = max(1, count // options.rows_per_step)
         self._resume()
         cpu, wall, kept = time.process_time(), time.perf_counter(), time.perf_counter()
-
-        def spent() -> dict:
-            now = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-            return {key: self.seconds[key] + now[key] for key in now}
-
         with progress_bar(total=steps, initial=self.step, desc="fitting Mamba-2", unit="step") as bar:
             while self.step < steps:
                 start = self.step * options.rows_per_step
                 self._one_step(train[start : start + options.rows_per_step], self.step / steps)
                 self.step += 1
                 bar.update()
-                if self.step < steps and out_of_time():
-                    self._keep(spent())
-                    raise OutOfTime(f"fitting stopped after {self.step} of {steps} steps")
                 if time.perf_counter() - kept > KEPT_EVERY:
-                    self._keep(spent())
+                    now = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+                    self._keep({key: self.earlier[key] + now[key] for key in now})
                     kept = time.perf_counter()
-        result = {
+        return {
             "explained": self.explained(search),
             "tokens": steps * options.rows_per_step * train.shape[1],
             "parameters_of_a_mixer": sum(p.numel() for p in self.mixers[str(self.layers[0])].parameters()),
-            "seconds": spent(),
+            "earlier_seconds": self.earlier,
         }
-        self._finish(result)
-        return result
+
+    def save(self, folder: Path) -> None:
+        """Write `mixers.safetensors`, which `fitted` reads."""
+        save_file(dict(self.mixers.state_dict()), folder / "mixers.safetensors")
 
     def _one_step(self, rows: torch.LongTensor, progress: float) -> None:
         states = self.states.of(rows)
@@ -163,24 +152,23 @@ class MixerFit:
         self.mixers.train()
         return {layer: sum(values) / len(values) for layer, values in found.items()}
 
-    # ------------------------------------------------------------------ files
     def _keep(self, seconds: dict) -> None:
         """One file with the mixers, the optimizer's moments, the step and the seconds, replaced at once."""
         tensors = {f"mixers.{name}": value for name, value in self.mixers.state_dict().items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = self.folder / ".unfinished.safetensors"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        staged = self.checkpoints / ".fit.safetensors"
         save_file(tensors, staged, metadata={"step": str(self.step), "seconds": json.dumps(seconds)})
-        os.replace(staged, self.folder / "unfinished.safetensors")
+        os.replace(staged, self.checkpoints / "fit.safetensors")
 
     def _resume(self) -> None:
-        file = self.folder / "unfinished.safetensors"
+        file = self.checkpoints / "fit.safetensors"
         if not file.is_file():
             return
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
-            self.step, self.seconds = int(opened.metadata()["step"]), json.loads(opened.metadata()["seconds"])
+            self.step, self.earlier = int(opened.metadata()["step"]), json.loads(opened.metadata()["seconds"])
         mixers = {name.removeprefix("mixers."): value for name, value in tensors.items() if name.startswith("mixers.")}
         self.mixers.load_state_dict(mixers)
         moments: dict[int, dict[str, torch.Tensor]] = {}
@@ -189,15 +177,6 @@ class MixerFit:
                 _, index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-
-    def _finish(self, result: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.mixers.state_dict()), self.folder / ".mixers.safetensors")
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".json", delete=False) as file:
-            json.dump(result, file)
-        os.replace(self.folder / ".mixers.safetensors", self.folder / "mixers.safetensors")
-        os.replace(file.name, self.folder / "fit.json")
-        (self.folder / "unfinished.safetensors").unlink(missing_ok=True)
 
 
 def fitted(folder: Path, layers: list[int]) -> dict[int, dict[str, torch.Tensor]]:

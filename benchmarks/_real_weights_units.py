@@ -1,29 +1,37 @@
 """The units of `real_weights.py`: which there are, what one does, and how long it is going to take."""
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from _components import train
-from _ledger import Ledger, digest
-from _real_weights_data import TEXTS, load_teacher, make_rows, smollm2
+from _real_weights_data import (
+    NEW_PACKAGE,
+    TEACHER_PACKAGE,
+    TEXTS,
+    load_rows,
+    load_teacher,
+    make_rows,
+    make_teacher,
+)
 from _real_weights_fit import FitOptions, MixerFit, fitted
 from _real_weights_models import dropped, freeze_bridges, with_mamba, without_attention
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from modeling_manticore import ManticoreConfig, calibrate
 from modeling_manticore.cache_manticore import cache_growth
 from modeling_manticore.commands.models import measure
+from modeling_manticore.experiments.units import Unit
 from modeling_manticore.mixing_manticore import Projector
 
 
 VARIANTS = ("teacher", "dropped", "linear", "no attention", "mamba2")
-# CPU seconds a token on a machine of two cores, where the ledger has no unit of the kind yet: full training, a forward
-# pass, a forward pass of the trunk up to layer 20, a step of one Mamba-2.
-GUESSES = {"train": 1 / 110, "evaluate": 1 / 490, "trunk": 1 / 700, "mixer": 1 / 3600}
+# Seconds a token of one thread, where no unit of the kind is finished yet: full training, a forward pass, a forward
+# pass of the trunk up to layer 20, a step of one Mamba-2.
+GUESSES = {"train": 1 / 100, "evaluate": 1 / 370, "trunk": 1 / 550, "mixer": 1 / 3600}
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,6 @@ class Preset:
         """All layers that are replaced in some variant."""
         return sorted({layer for layers in self.replaced for layer in layers})
 
-    @property
-    def fit(self) -> FitOptions:
-        """How the mixers are fitted."""
-        rates = self.fit_rows_per_step, self.fit_learning_rate
-        return FitOptions(self.fit_tokens, *rates, self.state, like_attention=self.like_attention)
-
 
 PRESETS = {
     "full": Preset(fit_tokens=2_000_000, linear_tokens=60_000, train_tokens=100_000, test_tokens=37_000),
@@ -70,142 +72,161 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Unit:
+class Units:
     """
-    One thing to do: fit all mixers ("fit"), or make a variant, train it end to end if it has a seed, and measure it
-    ("evaluate", "train").
+    The units of a preset. Settings are all that a result depends on and no more, so that presets share what they can.
     """
 
-    kind: str
-    variant: str = ""
-    layers: tuple[int, ...] = ()
-    seed: int | None = None
+    def __init__(self, preset: Preset):
+        self.preset = preset
+        made_once = {"estimate": 60.0, "leaves_files": True, "must_repeat": True}
+        self.teacher = Unit("teacher", {"package": TEACHER_PACKAGE}, label="teacher", **made_once)
+        settings = {"length": preset.length, "newer": NEW_PACKAGE}
+        self.rows = Unit("rows", settings, {"teacher": self.teacher}, "rows", **made_once)
+        self._given = {"teacher": self.teacher, "rows": self.rows}
+        self.fit = self._fit()
 
-    def settings(self, preset: Preset) -> dict:
-        """All that the result depends on; no more, so that presets share what they can."""
-        given = asdict(preset)
-        names = ["length"]
-        if self.kind == "fit" or self.variant == "mamba2":
-            names += ["fit_tokens", "fit_rows_per_step", "fit_learning_rate", "state", "like_attention"]
-        names += ["linear_tokens"] * (self.variant == "linear") + ["test_tokens"] * (self.kind != "fit")
-        names += ["train_tokens", "rows_per_step", "learning_rate"] * (self.kind == "train")
-        layers = preset.fit_layers if self.kind == "fit" else list(self.layers)
-        own = {"unit": self.kind, "variant": self.variant, "layers": layers, "seed": self.seed}
-        return own | {name: given[name] for name in names}
+    def all(self, variants: tuple[str, ...] = VARIANTS) -> list[Unit]:
+        """What the tables read, in the order in which it is worth having: everything of one seed before the next."""
+        fit = [self.fit] if "mamba2" in variants else []
+        seeds = (None, *range(self.preset.seeds))
+        return fit + [self.measured(*pair, seed) for seed in seeds for pair in self.pairs() if pair[0] in variants]
 
-    def tokens(self, preset: Preset) -> dict[str, float]:
-        """Tokens that each kind of work reads, for an estimate."""
-        if self.kind == "fit":
-            return {"trunk": preset.fit_tokens, "mixer": preset.fit_tokens * len(preset.fit_layers)}
-        found = {"evaluate": 3.0 * preset.test_tokens}
-        if self.variant == "linear" and self.kind == "evaluate":
-            found["evaluate"] += 1.2 * preset.linear_tokens * len(self.layers)
-        return found | ({"train": preset.train_tokens} if self.kind == "train" else {})
+    def pairs(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(variant, layers)."""
+        yield "teacher", ()
+        for layers in reversed(self.preset.replaced):
+            yield from ((variant, layers) for variant in VARIANTS[1:])
 
-    def __str__(self) -> str:
-        where = "+".join(map(str, self.layers))
-        seed = "" if self.seed is None else f", trained end to end, seed {self.seed}"
-        return " ".join(filter(None, (self.kind if self.kind == "fit" else self.variant, where))) + seed
-
-
-def units(preset: Preset) -> list[Unit]:
-    """All units, in the order in which they are worth having: everything of one seed before the next."""
-    pairs = [("teacher", ())] + [(v, layers) for layers in reversed(preset.replaced) for v in VARIANTS[1:]]
-    order = [Unit("fit")] + [Unit("evaluate", *pair) for pair in pairs]
-    return order + [Unit("train", *pair, seed) for seed in range(preset.seeds) for pair in pairs]
-
-
-def estimate(unit: Unit, preset: Preset, ledger: Ledger) -> float:
-    """CPU seconds of a unit: the guess, scaled by what finished units of the kind took against theirs."""
-    guess = _guess(unit, preset)
-    done = [(u, line) for u in units(preset) if u.kind == unit.kind and (line := ledger.find(u.settings(preset)))]
-    if not done:
-        return guess
-    return guess * sum(line["seconds"]["cpu"] for _, line in done) / sum(_guess(u, preset) for u, _ in done)
-
-
-def _guess(unit: Unit, preset: Preset) -> float:
-    return sum(GUESSES[kind] * tokens for kind, tokens in unit.tokens(preset).items())
-
-
-class Bench:
-    """The teacher, the rows and the files of finished fits in one work folder. Made anew in every worker process."""
-
-    def __init__(self, folder: Path, preset: Preset, teacher: Path | None = None, rows: dict | None = None):
-        self.folder, self.preset = Path(folder), preset
-        self.teacher_folder = smollm2(self.folder) if teacher is None else teacher
-        self.rows = make_rows(self.folder, self.teacher_folder, preset.length) if rows is None else rows
-
-    def teacher(self) -> PreTrainedModel:
-        """A fresh copy of the uncut model."""
-        return load_teacher(self.teacher_folder)
-
-    def fit_folder(self) -> Path:
-        """Where the fitted mixers of the preset are kept."""
-        return self.folder / "fits" / digest(Unit("fit").settings(self.preset))
-
-    def is_fitted(self) -> bool:
-        """Whether the fitted mixers are there; on another machine they are not, whatever the ledger says."""
-        return (self.fit_folder() / "fit.json").is_file()
-
-    def fit(self, out_of_time: Callable[[], bool]) -> dict:
-        """Fit the mixers, or go on fitting them."""
-        work = MixerFit(self.teacher(), self.preset.fit_layers, self.preset.fit, self.fit_folder())
-        return work.run(self.rows["train"], self.rows["search"], out_of_time)
-
-    def build(self, variant: str, layers: list[int]) -> PreTrainedModel:
-        """A variant before the end-to-end step."""
-        teacher = self.teacher()
-        if variant == "teacher":
-            return teacher
+    def measured(self, variant: str, layers: tuple[int, ...], seed: int | None = None) -> Unit:
+        """A variant's losses, as it is made or (seed) trained end to end."""
+        preset, needs = self.preset, dict(self._given)
+        settings = {"variant": variant, "layers": list(layers), "test_tokens": preset.test_tokens}
+        tokens = {"evaluate": 3.0 * preset.test_tokens}
+        label = f"evaluation, {preset.test_tokens:,} tokens a text"
         if variant == "mamba2":
-            mixers = fitted(self.fit_folder(), layers)
-            return freeze_bridges(with_mamba(teacher, mixers, self.preset.state, self.preset.like_attention))
-        if variant == "no attention":
-            return freeze_bridges(without_attention(teacher, layers, teacher.config.head_dim))
-        model = dropped(teacher, layers)
-        return freeze_bridges(model) if variant == "dropped" else self._give_maps(model, teacher)
+            needs["fit"] = self.fit
+            settings |= {"state": preset.state, "like_attention": preset.like_attention}
+        elif variant == "linear":
+            needs["maps"] = self._maps(layers)
+        if seed is not None:
+            names = ("train_tokens", "rows_per_step", "learning_rate")
+            settings |= {"seed": seed} | {name: getattr(preset, name) for name in names}
+            tokens["train"] = preset.train_tokens
+            label = f"end to end, {preset.train_tokens:,} tokens, and {label}"
+        return Unit("measure", settings, needs, label, _guess(tokens))
 
-    def _give_maps(self, model: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
-        """Fit the bridges over the dropped layers in closed form; the maps are kept in the work folder."""
-        settings = Unit("evaluate", "linear", tuple(self._gaps(model))).settings(self.preset)
-        file = self.folder / "maps" / f"{digest(settings)}.safetensors"
-        bridges = {name: module for name, module in model.named_modules() if isinstance(module, Projector)}
-        if not file.is_file():
-            count = max(2, self.preset.linear_tokens // self.preset.length)
-            calibrate(model, self.rows["train"][:count], components=[teacher], batch_size=4, progress=False)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            values = {f"{name}.{key}": v for name, m in bridges.items() for key, v in m.state_dict().items()}
-            staged = file.with_name(f".{file.name}.{time.time_ns()}")
-            save_file(values, staged)
-            staged.replace(file)
-        values = load_file(file)
-        for name, module in bridges.items():
-            module.load_state_dict({key: values[f"{name}.{key}"] for key in module.state_dict()})
-        return model
-
-    def _gaps(self, model: PreTrainedModel) -> list[int]:
-        kept = {i for (path,) in model.config.blocks for i in range(path["start"], path["stop"])}
-        return [i for i in range(model.config.components[0].num_hidden_layers) if i not in kept]
-
-    def measured(self, unit: Unit) -> dict:
-        """Build, train where the unit has a seed, and measure: loss of every text, parameters and cache bytes."""
+    def _fit(self) -> Unit:
         preset = self.preset
-        model = self.build(unit.variant, list(unit.layers))
-        own = [p for name, p in model.named_parameters() if p.requires_grad]
-        result = {"parameters": sum(p.numel() for p in own), "cache_bytes_per_token": cache_bytes_per_token(model)}
-        if unit.seed is not None:
-            generator = torch.Generator().manual_seed(1000 + unit.seed)
-            order = torch.randperm(len(self.rows["train"]), generator=generator)
-            steps = max(1, preset.train_tokens // (preset.rows_per_step * preset.length))
-            rows = self.rows["train"][order[: steps * preset.rows_per_step]]
-            options = {"rows_per_step": preset.rows_per_step, "learning_rate": preset.learning_rate}
-            train(model, rows, steps=steps, seed=unit.seed, **options)
-            result["train_tokens"] = rows.numel()
-        count = max(1, preset.test_tokens // preset.length)
-        texts = {name: measure(model, self.rows[name][:count], batch_size=2) for name in TEXTS}
-        return result | {"texts": texts}
+        names = ("fit_tokens", "fit_rows_per_step", "fit_learning_rate", "state", "like_attention")
+        settings = {"layers": preset.fit_layers} | {name.removeprefix("fit_"): getattr(preset, name) for name in names}
+        seconds = _guess({"trunk": preset.fit_tokens, "mixer": preset.fit_tokens * len(preset.fit_layers)})
+        label = f"fit of {len(preset.fit_layers)} mixers, {preset.fit_tokens:,} tokens"
+        return Unit("fit", settings, self._given, label, seconds, leaves_files=True)
+
+    def _maps(self, layers: tuple[int, ...]) -> Unit:
+        tokens = self.preset.linear_tokens
+        settings = {"layers": list(layers), "tokens": tokens}
+        seconds = _guess({"evaluate": 1.2 * tokens * len(layers)})
+        return Unit("maps", settings, self._given, f"linear maps, {tokens:,} tokens", seconds, leaves_files=True)
+
+
+def _guess(tokens: dict[str, float]) -> float:
+    return sum(GUESSES[kind] * count for kind, count in tokens.items())
+
+
+# ---------------------------------------------------------------------- what a unit does
+def work(task: dict) -> dict:
+    """The record of a unit; `task` is as `experiments.units.run_units` says."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    needs = {name: Path(folder) for name, folder in task["needs"].items()}
+    folder = None if task["folder"] is None else Path(task["folder"])
+    return KINDS[task["kind"]](task["settings"], needs, folder, Path(task["unfinished"]))
+
+
+def write_teacher(settings: dict, needs: dict, folder: Path, unfinished: Path) -> dict:
+    """SmolLM2 as a folder."""
+    make_teacher(folder)
+    return {}
+
+
+def write_rows(settings: dict, needs: dict, folder: Path, unfinished: Path) -> dict:
+    """The texts as rows of token ids; the record counts them."""
+    make_rows(folder, needs["teacher"], settings["length"])
+    return {"rows": {name: len(rows) for name, rows in load_rows(folder).items()}}
+
+
+def fit_mixers(settings: dict, needs: dict, folder: Path, unfinished: Path) -> dict:
+    """The Mamba-2 of every layer that is replaced somewhere."""
+    rows = load_rows(needs["rows"])
+    options = FitOptions(**{name: value for name, value in settings.items() if name != "layers"})
+    fit = MixerFit(load_teacher(needs["teacher"]), settings["layers"], options, unfinished)
+    found = fit.run(rows["train"], rows["search"])
+    fit.save(folder)
+    return found
+
+
+def fit_maps(settings: dict, needs: dict, folder: Path, unfinished: Path) -> dict:
+    """The bridges over the dropped layers in closed form."""
+    teacher, rows = load_teacher(needs["teacher"]), load_rows(needs["rows"])["train"]
+    model = dropped(teacher, settings["layers"])
+    count = max(2, settings["tokens"] // rows.shape[1])
+    calibrate(model, rows[:count], components=[teacher], batch_size=4, progress=False)
+    values = {f"{name}.{key}": v for name, m in bridges_of(model).items() for key, v in m.state_dict().items()}
+    save_file(values, folder / "maps.safetensors")
+    return {}
+
+
+def bridges_of(model: PreTrainedModel) -> dict[str, Projector]:
+    """Name -> projector."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Projector)}
+
+
+def build(settings: dict, needs: dict) -> PreTrainedModel:
+    """A variant before the end-to-end step; identity bridges do not train."""
+    teacher, variant, layers = load_teacher(needs["teacher"]), settings["variant"], settings["layers"]
+    if variant == "teacher":
+        return teacher
+    if variant == "mamba2":
+        mixers = fitted(needs["fit"], layers)
+        return freeze_bridges(with_mamba(teacher, mixers, settings["state"], settings["like_attention"]))
+    if variant == "no attention":
+        return freeze_bridges(without_attention(teacher, layers, teacher.config.head_dim))
+    model = dropped(teacher, layers)
+    if variant == "dropped":
+        return freeze_bridges(model)
+    values = load_file(needs["maps"] / "maps.safetensors")
+    for name, module in bridges_of(model).items():
+        module.load_state_dict({key: values[f"{name}.{key}"] for key in module.state_dict()})
+    return model
+
+
+def measure_variant(settings: dict, needs: dict, folder: None, unfinished: Path) -> dict:
+    """Build, train where there is a seed, and measure: loss of every text, parameters and cache bytes."""
+    model, rows = build(settings, needs), load_rows(needs["rows"])
+    own = [p for p in model.parameters() if p.requires_grad]
+    found = {"parameters": sum(p.numel() for p in own), "cache_bytes_per_token": cache_bytes_per_token(model)}
+    length = rows["train"].shape[1]
+    if "seed" in settings:
+        generator = torch.Generator().manual_seed(1000 + settings["seed"])
+        order = torch.randperm(len(rows["train"]), generator=generator)
+        steps = max(1, settings["train_tokens"] // (settings["rows_per_step"] * length))
+        read = rows["train"][order[: steps * settings["rows_per_step"]]]
+        options = {name: settings[name] for name in ("rows_per_step", "learning_rate", "seed")}
+        train(model, read, steps=steps, **options)
+        found["train_tokens"] = read.numel()
+    count = max(1, settings["test_tokens"] // length)
+    return found | {"texts": {name: measure(model, rows[name][:count], batch_size=2) for name in TEXTS}}
+
+
+KINDS = {
+    "teacher": write_teacher,
+    "rows": write_rows,
+    "fit": fit_mixers,
+    "maps": fit_maps,
+    "measure": measure_variant,
+}
 
 
 def cache_bytes_per_token(model: PreTrainedModel, itemsize: int = 2) -> int:
@@ -215,11 +236,3 @@ def cache_bytes_per_token(model: PreTrainedModel, itemsize: int = 2) -> int:
         block = [{"component": 0, "start": 0, "stop": config.num_hidden_layers}]
         config = ManticoreConfig(components=[config], blocks=[block])
     return cache_growth(config, itemsize)
-
-
-def do(unit: Unit, folder: Path, preset: Preset, threads: int, bench: Bench | None = None) -> tuple[dict, dict]:
-    """One unit that is no fit: its result and its seconds. What a worker process runs."""
-    torch.set_num_threads(threads)
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = (Bench(folder, preset) if bench is None else bench).measured(unit)
-    return result, {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}

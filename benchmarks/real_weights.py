@@ -10,107 +10,36 @@ of the gap is (dropped - hybrid) / (dropped - teacher), in nats, all three train
 them trained.
 
 Every finished unit is a line of benchmarks/results/real_weights.jsonl, which is committed, and is not run again.
-Fitted mixers and linear maps stay in the work folder (`--work`): where it is gone, they are fitted anew as soon as a
-unit that needs them is missing. A fit that is stopped goes on from its last checkpoint.
+Weights, fitted mixers and linear maps stay in the work folder (`--work`): where it is gone, they are made anew as soon
+as a unit that needs them is missing. A fit that is killed goes on from its last checkpoint.
 """
 
 import argparse
 import json
 import math
-import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-import torch
 from _components import work_folder
-from _ledger import Ledger
 from _real_weights_data import NOTES, TEXTS
-from _real_weights_fit import OutOfTime
-from _real_weights_units import PRESETS, VARIANTS, Bench, Preset, Unit, do, estimate, units
-from _shared import RESULTS, quiet, shown, summary, versions, write
+from _real_weights_units import PRESETS, VARIANTS, Preset, Units, work
+from _shared import RESULTS, quiet, shown, summary, write
+
+from modeling_manticore.experiments.units import Ledger, Unit, missing, run_units
 
 
 STAGES = ("before", "after")
 
 
-class Run:
-    """What is missing of a preset, done in order until it is done or the time is over."""
-
-    def __init__(self, preset: Preset, ledger: Ledger, bench: Bench, workers: int, minutes: float | None):
-        self.preset, self.ledger, self.bench, self.workers = preset, ledger, bench, workers
-        self.until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-        self.made_by = versions("torch", "transformers")
-
-    def missing(self) -> list[Unit]:
-        """Units without a line in the ledger; the fit also where its files are gone and something needs them."""
-        left = [unit for unit in units(self.preset) if self.ledger.find(unit.settings(self.preset)) is None]
-        needed = any(unit.variant == "mamba2" for unit in left) and not self.bench.is_fitted()
-        return left if Unit("fit") in left or not needed else [Unit("fit"), *left]
-
-    def all(self) -> bool:
-        """Do what is missing; whether everything is done now."""
-        todo = self.missing()
-        if todo and todo[0].kind == "fit":
-            todo.pop(0)
-            try:
-                self._fit()
-            except OutOfTime as stopped:
-                print(f"{stopped}: the next run goes on from there.")
-                return False
-        if self.workers == 1:
-            for unit in todo:
-                if not self._fits(unit):
-                    return False
-                self._record(unit, *do(unit, self.bench.folder, self.preset, 1, self.bench))
-            return True
-        return self._in_processes(todo)
-
-    def _fit(self) -> None:
-        torch.set_num_threads(self.workers)
-        result = self.bench.fit(lambda: time.monotonic() > self.until)
-        unit = Unit("fit")
-        if self.ledger.find(unit.settings(self.preset)) is None:
-            self._record(unit, result, result.pop("seconds"))
-
-    def _in_processes(self, todo: list[Unit]) -> bool:
-        waiting, running, complete = list(todo), {}, True
-        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
-            while waiting or running:
-                while waiting and len(running) < self.workers:
-                    if not self._fits(waiting[0]):
-                        waiting, complete = [], False
-                        break
-                    unit = waiting.pop(0)
-                    running[pool.submit(do, unit, self.bench.folder, self.preset, 1)] = unit
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._record(running.pop(future), *future.result())
-        return complete
-
-    def _fits(self, unit: Unit) -> bool:
-        """Whether a unit can be expected to end in time."""
-        seconds = estimate(unit, self.preset, self.ledger)
-        if time.monotonic() + seconds <= self.until:
-            return True
-        print(f"{unit} takes about {seconds / 60:.0f} minutes, too long for what is left: stopped before it.")
-        return False
-
-    def _record(self, unit: Unit, result: dict, seconds: dict) -> None:
-        self.ledger.add(unit.settings(self.preset), result, seconds, self.made_by)
-        losses = "  ".join(f"{name} {entry['loss']:.3f}" for name, entry in result.get("texts", {}).items())
-        told = losses or "  ".join(f"layer {layer} R2 {r2:.3f}" for layer, r2 in result["explained"].items())
-        print(f"{seconds['cpu']:7.0f} s  {unit}  {told}", flush=True)
-
-
 def losses_of(preset: Preset, ledger: Ledger) -> dict:
     """(variant, layers, stage) -> text -> losses, one a seed; "all" is the mean of the texts."""
     found: dict = {}
-    for unit in units(preset)[1:]:
-        texts = ledger.find(unit.settings(preset))["result"]["texts"]
+    for unit in Units(preset).all()[1:]:
+        texts = ledger.get(unit)["texts"]
         one = {name: texts[name]["loss"] for name in TEXTS} | {"all": mean(texts[name]["loss"] for name in TEXTS)}
-        kept = found.setdefault((unit.variant, unit.layers, STAGES[unit.seed is not None]), {})
+        stage = STAGES["seed" in unit.settings]
+        kept = found.setdefault((unit.settings["variant"], tuple(unit.settings["layers"]), stage), {})
         for name, loss in one.items():
             kept.setdefault(name, []).append(loss)
     return found
@@ -123,7 +52,7 @@ def share_of_gap(dropped: list[float], own: list[float], teacher: list[float]) -
 
 def table_of(preset: Preset, ledger: Ledger) -> dict:
     """Losses, shares of the gap, cache and parameters, for each set of layers."""
-    losses, table = losses_of(preset, ledger), {}
+    losses, units, table = losses_of(preset, ledger), Units(preset), {}
     for layers in preset.replaced:
         entry: dict = {"loss": {}, "perplexity": {}, "share": {}, "gain_over": {}}
         for stage in STAGES:
@@ -139,7 +68,7 @@ def table_of(preset: Preset, ledger: Ledger) -> dict:
             entry["gain_over"][stage] = {
                 v: {t: _gain(rows[v][t], rows["mamba2"][t]) for t in rows[v]} for v in VARIANTS[2:-1]
             }
-        facts = {v: _facts(preset, ledger, v, () if v == "teacher" else layers) for v in VARIANTS}
+        facts = {v: ledger.get(units.measured(v, () if v == "teacher" else layers)) for v in VARIANTS}
         entry["parameters"] = {v: fact["parameters"] for v, fact in facts.items()}
         entry["cache_bytes_per_token"] = {v: fact["cache_bytes_per_token"] for v, fact in facts.items()}
         whole = entry["cache_bytes_per_token"]["teacher"]
@@ -152,10 +81,6 @@ def _gain(other: list[float], own: list[float]) -> dict:
     """Nats by which a hybrid is better than another variant, paired by seed, with the lower end of the interval."""
     found = summary([x - y for x, y in zip(other, own, strict=True)])
     return found | {"low": None if found["half_width"] is None else found["mean"] - found["half_width"]}
-
-
-def _facts(preset: Preset, ledger: Ledger, variant: str, layers: tuple[int, ...]) -> dict:
-    return ledger.find(Unit("evaluate", variant, layers).settings(preset))["result"]
 
 
 def report(name: str, preset: Preset, ledger: Ledger) -> dict:
@@ -173,24 +98,38 @@ def report(name: str, preset: Preset, ledger: Ledger) -> dict:
         for variant, gain in entry["gain_over"]["after"].items():
             print(f"  mamba2 better than {variant} by {shown(gain['all']['values'])} nats after the step")
         print(f"  key-value bytes saved: {entry['cache_saved']:.1%}")
-    lines = [(unit, ledger.find(unit.settings(preset))) for unit in units(preset)]
-    seconds = {kind: sum(line["seconds"][kind] for _, line in lines) for kind in ("cpu", "wall")}
-    fit = lines[0][1]["result"]
+    units = Units(preset)
+    records = [ledger.get(unit) for unit in units.all()]
+    seconds = {kind: sum(record[f"{kind}_seconds"] for record in records) for kind in ("cpu", "wall")}
+    names = ("explained", "tokens", "parameters_of_a_mixer")
+    fit = {name: ledger.get(units.fit)[name] for name in names}
     return {"preset": name, "settings": asdict(preset), "notes": NOTES, "table": table, "fit": fit, "seconds": seconds}
 
 
-def plan(preset: Preset, ledger: Ledger, run: Run) -> None:
+def show_plan(units: list[Unit], ledger: Ledger, workers: int) -> None:
     """Print what is to be done and how long it takes."""
-    todo, total = run.missing(), 0.0
-    for unit in units(preset):
-        seconds = estimate(unit, preset, ledger) if unit in todo else 0.0
-        total += seconds
-        print(f"{seconds / 60:7.1f} min  {unit}" + ("" if unit in todo else "  (done)"))
-    hours = total / 3600
-    print(f"{hours:.1f} CPU hours to go, about {hours / run.workers:.1f} hours with {run.workers} worker(s)")
+    todo = missing(units, ledger)
+    for unit in todo:
+        print(f"{ledger.seconds(unit) / 60:7.1f} min  {_named(unit)}")
+    hours = sum(map(ledger.seconds, todo)) / 3600
+    told = f"about {hours / workers:.1f} with {workers} workers"
+    print(f"{len(todo)} units and {hours:.1f} hours of one processor to go, {told}", flush=True)
 
 
-def main() -> None:
+def _named(unit: Unit) -> str:
+    layers, seed = unit.settings.get("layers", []), unit.settings.get("seed")
+    words = [unit.settings.get("variant", unit.kind), "+".join(map(str, layers))]
+    words += [] if seed is None else [f"trained end to end, seed {seed}"]
+    return ", ".join(filter(None, words))
+
+
+def _tell(unit: Unit, record: dict) -> None:
+    losses = [f"{name} {entry['loss']:.3f}" for name, entry in record.get("texts", {}).items()]
+    explained = [f"layer {layer} R2 {r2:.3f}" for layer, r2 in record.get("explained", {}).items()]
+    print(f"{record['cpu_seconds']:7.0f} s  {_named(unit)}  " + "  ".join(losses + explained), flush=True)
+
+
+def main(words: list[str] | None = None) -> bool:
     """Do what is missing; once all is there, print the tables and write `results/real_weights.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -199,31 +138,32 @@ def main() -> None:
         default="short",
         help="full: the tokens of the protocol, hours; short: a fraction of them; smoke: too few to say anything",
     )
-    parser.add_argument("--minutes", type=float, help="start nothing that is not expected to end in so many minutes")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side (threads of the fit)")
-    parser.add_argument("--work", help="folder of downloads, fits and maps (default: in the cache folder)")
-    parser.add_argument("--ledger", help="file of finished units (default: benchmarks/results/real_weights.jsonl)")
-    parser.add_argument("--dry_run", action="store_true", help="print the plan with estimated hours, and do nothing")
-    given = parser.parse_args()
-    if given.workers < 1 or (given.minutes is not None and not given.minutes > 0):
-        parser.error(f"workers, minutes: got {given.workers}, {given.minutes}, allowed are at least 1, above 0")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="work on these only, for now"
+    )
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; what is finished is kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--work", help="folder of weights, fits and maps (default: in the package's cache folder)")
+    parser.add_argument("--results", default=str(RESULTS), help="folder of the finished units' lines and the JSON")
+    parser.add_argument("--dry_run", action="store_true", help="print what is to be done, and do nothing")
+    given = parser.parse_args(words)
     quiet()
-    preset, ledger = PRESETS[given.preset], Ledger(given.ledger or RESULTS / "real_weights.jsonl")
-    folder = work_folder(given.work, "real_weights")
+    preset, results = PRESETS[given.preset], Path(given.results)
+    ledger = Ledger(work_folder(given.work, "real_weights"), results / "real_weights.jsonl")
+    units = Units(preset).all(tuple(given.variants))
+    show_plan(units, ledger, given.workers)
     if given.dry_run:
-        fit_files = Bench(folder, preset, folder, {})  # reads nothing
-        plan(preset, ledger, Run(preset, ledger, fit_files, given.workers, None))
-        return
-    torch.set_num_threads(given.workers)
-    if not Run(preset, ledger, Bench(folder, preset), given.workers, given.minutes).all():
-        return
-    results = report(given.preset, preset, ledger)
-    written = RESULTS / "real_weights.json"
+        return False
+    done = run_units(lambda ledger: units, work, ledger, given.workers, given.minutes, _tell)
+    if not done or any(ledger.get(unit) is None for unit in Units(preset).all()):
+        print("not all is done: start it again to go on")
+        return False
+    found = report(given.preset, preset, ledger)
+    written = results / "real_weights.json"
     full = written.is_file() and json.loads(written.read_text())["preset"] == "full"
-    if given.ledger is None and (given.preset == "full" or not full):
-        write("real_weights", results)
-    elif given.ledger is not None:
-        Path(given.ledger).with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    if given.preset == "full" or not full:
+        write("real_weights", found, results)
+    return True
 
 
 if __name__ == "__main__":

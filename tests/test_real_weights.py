@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_manticore.tasks import packages
@@ -25,7 +27,6 @@ def parts():
     """The benchmark's modules; they are scripts, not a package."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import _ledger
         import _real_weights_data
         import _real_weights_fit
         import _real_weights_models
@@ -33,8 +34,8 @@ def parts():
         import real_weights
     finally:
         sys.path.remove(str(BENCHMARKS))
-    modules = (_ledger, _real_weights_data, _real_weights_fit, _real_weights_models, _real_weights_units)
-    return {module.__name__: module for module in (*modules, real_weights)}
+    modules = (_real_weights_data, _real_weights_fit, _real_weights_models, _real_weights_units, real_weights)
+    return {module.__name__: module for module in modules}
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +109,20 @@ def test_without_attention_norms_and_mlp_are_kept_and_no_mixer_is_trained(parts,
     assert all(p.requires_grad for name, p in model.named_parameters() if "mlp" in name)
 
 
-def test_linear_maps_stand_where_the_layers_were_and_fit_better_than_nothing(parts, teacher, tmp_path):
-    bench = _bench(parts, teacher, tmp_path)
-    model = bench.build("linear", [1, 4])
+def test_linear_maps_stand_where_the_layers_were_and_fit_better_than_nothing(parts, teacher, given, tmp_path):
+    units = parts["_real_weights_units"]
+    units.fit_maps({"layers": [1, 4], "tokens": 60 * LENGTH}, given, tmp_path, tmp_path / "none")
+    model = units.build({"variant": "linear", "layers": [1, 4]}, given | {"maps": tmp_path})
     bridges = [block.paths[0].in_projector for block in model.model.blocks]
     maps = {1: bridges[1], 4: bridges[2]}
     assert bridges[0] is None and all(m.weight.requires_grad for m in maps.values())
-    rows = bench.rows["new"]
+    rows = parts["_real_weights_data"].load_rows(given["rows"])["new"]
     expected = logits_with(teacher, rows, layer_output=maps)
     torch.testing.assert_close(logits(model, rows), expected, atol=1e-5, rtol=1e-5)
     _, states = _inputs_and_outputs(teacher, rows, 1)
-    given, wanted = states
+    entered, wanted = states
     with torch.no_grad():
-        assert (maps[1](given) - wanted).norm() < 0.9 * (given - wanted).norm()
-    again = bench.build("linear", [1, 4])  # from the file
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+        assert (maps[1](entered) - wanted).norm() < 0.9 * (entered - wanted).norm()
 
 
 def _inputs_and_outputs(teacher, rows, layer):
@@ -200,85 +200,131 @@ def test_cache_bytes(parts, teacher):
 
 
 # ---------------------------------------------------------------------- fit
+@pytest.fixture(scope="module")
+def given(parts, teacher, tmp_path_factory):
+    """The folders that units need: the tiny teacher's, and random rows."""
+    folder = tmp_path_factory.mktemp("given")
+    _small_teacher(teacher)(folder)
+    _small_rows(folder)
+    return {"teacher": folder, "rows": folder}
+
+
+def _small_teacher(teacher):
+    return lambda folder: teacher.save_pretrained(folder)
+
+
+def _small_rows(folder, *others):
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"train": 64, "search": 4, "bible": 4, "shakespeare": 4, "new": 4}
+    rows = {name: torch.randint(0, 96, (count, LENGTH), generator=generator) for name, count in sizes.items()}
+    save_file(rows, Path(folder) / "rows.safetensors")
+
+
 def _preset(parts, **changes):
     sizes = {"fit_tokens": 60 * LENGTH, "linear_tokens": 60 * LENGTH, "train_tokens": 8 * LENGTH}
     sizes |= {"test_tokens": 4 * LENGTH, "seeds": 2, "length": LENGTH, "state": 8, "replaced": ((1, 3),)}
     return parts["_real_weights_units"].Preset(**sizes | changes)
 
 
-def _bench(parts, teacher, folder, **changes):
-    generator = torch.Generator().manual_seed(3)
-    sizes = {"train": 64, "search": 4, "bible": 4, "shakespeare": 4, "new": 4}
-    rows = {name: torch.randint(0, 96, (count, LENGTH), generator=generator) for name, count in sizes.items()}
-    saved = folder / "teacher"
-    teacher.save_pretrained(saved)
-    return parts["_real_weights_units"].Bench(folder, _preset(parts, **changes), saved, rows)
+def _fit(parts, given, checkpoints, **changes):
+    module = parts["_real_weights_fit"]
+    options = module.FitOptions(**{"tokens": 60 * LENGTH, "state": 8} | changes)
+    teacher = parts["_real_weights_data"].load_teacher(given["teacher"])
+    rows = parts["_real_weights_data"].load_rows(given["rows"])
+    fit = module.MixerFit(teacher, [1, 3], options, checkpoints)
+    return fit, lambda: fit.run(rows["train"], rows["search"])
 
 
-def test_a_stopped_fit_goes_on_where_it_was(parts, teacher, tmp_path):
-    whole = _bench(parts, teacher, tmp_path / "whole")
-    result = whole.fit(lambda: False)
-    stopped = _bench(parts, teacher, tmp_path / "stopped")
-    steps = iter([False, False, False, True])
-    with pytest.raises(parts["_real_weights_fit"].OutOfTime, match="after 4 of 15 steps"):
-        stopped.fit(lambda: next(steps))
-    assert not stopped.is_fitted()
-    again = stopped.fit(lambda: False)
-    fitted = parts["_real_weights_fit"].fitted
-    first, second = (fitted(bench.fit_folder(), [1, 3]) for bench in (whole, stopped))
-    for layer in (1, 3):
-        torch.testing.assert_close(first[layer], second[layer], atol=1e-6, rtol=1e-5)
-    assert again["explained"] == pytest.approx(result["explained"], abs=1e-4) and again["tokens"] == 60 * LENGTH
-    assert not list(stopped.fit_folder().glob("*unfinished*"))
+def test_a_killed_fit_goes_on_where_it_was(parts, given, tmp_path, monkeypatch):
+    whole, run = _fit(parts, given, tmp_path / "whole")
+    result = run()
+    assert result["earlier_seconds"] == {"cpu": 0.0, "wall": 0.0} and not (tmp_path / "whole").exists()
+
+    monkeypatch.setattr(parts["_real_weights_fit"], "KEPT_EVERY", 0)
+    killed, run = _fit(parts, given, tmp_path / "killed")
+    step = killed._one_step
+    monkeypatch.setattr(killed, "_one_step", lambda rows, at: step(rows, at) if at < 4 / 15 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+    again, run = _fit(parts, given, tmp_path / "killed")
+    steps = []
+    step = again._one_step
+    monkeypatch.setattr(again, "_one_step", lambda rows, at: (steps.append(at), step(rows, at)))
+    found = run()
+    assert steps == [k / 15 for k in range(4, 15)] and found["earlier_seconds"]["cpu"] > 0
+    torch.testing.assert_close(again.mixers.state_dict(), whole.mixers.state_dict(), atol=1e-6, rtol=1e-5)
+    assert found["explained"] == pytest.approx(result["explained"], abs=1e-4) and found["tokens"] == 60 * LENGTH
 
 
 @pytest.mark.parametrize("alike, margin", [(False, 0.05), (True, 0.0)])
-def test_a_fit_learns_and_refuses_more_tokens_than_there_are(parts, teacher, tmp_path, alike, margin):
-    bench = _bench(parts, teacher, tmp_path, like_attention=alike)
-    untrained = parts["_real_weights_fit"].MixerFit(bench.teacher(), [1, 3], bench.preset.fit, tmp_path / "other")
-    before = untrained.explained(bench.rows["search"])
-    after = bench.fit(lambda: False)["explained"]
+def test_a_fit_learns_and_refuses_more_tokens_than_there_are(parts, given, tmp_path, alike, margin):
+    rows = parts["_real_weights_data"].load_rows(given["rows"])
+    fit, run = _fit(parts, given, tmp_path, like_attention=alike)
+    before, after = fit.explained(rows["search"]), run()["explained"]
     assert all(after[layer] > before[layer] + margin for layer in ("1", "3")), (before, after)
-    greedy = _bench(parts, teacher, tmp_path / "greedy", fit_tokens=65 * LENGTH)
+    _, greedy = _fit(parts, given, tmp_path, tokens=65 * LENGTH)
     with pytest.raises(ValueError, match="fit_tokens: got 1,040, allowed are at most the 1,024"):
-        greedy.fit(lambda: False)
+        greedy()
 
 
 # ---------------------------------------------------------------------- units
-def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch, capsys):
-    main, units = parts["real_weights"], parts["_real_weights_units"]
-    bench, file = _bench(parts, teacher, tmp_path, seeds=2), tmp_path / "ledger.jsonl"
-    preset = bench.preset
-    done, really = [], units.Bench.measured
-    monkeypatch.setattr(units.Bench, "measured", lambda self, unit: (done.append(unit), really(self, unit))[1])
+@pytest.fixture
+def small(parts, teacher, tmp_path, monkeypatch):
+    """`real_weights.py` with the tiny teacher and random rows: a function of its words, and the units it has done."""
+    main, units, done = parts["real_weights"], parts["_real_weights_units"], []
+    monkeypatch.setattr(units, "make_teacher", _small_teacher(teacher))
+    monkeypatch.setattr(units, "make_rows", _small_rows)
+    monkeypatch.setitem(units.PRESETS, "smoke", _preset(parts))
+    really = main._tell
+    monkeypatch.setattr(main, "_tell", lambda unit, record: (done.append(main._named(unit)), really(unit, record)))
 
-    def run(minutes=None):
+    def run(*words):
         done.clear()
-        ledger = parts["_ledger"].Ledger(file)
-        return main.Run(preset, ledger, bench, 1, minutes), ledger
+        places = ("--work", str(tmp_path / "work"), "--results", str(tmp_path), "--workers", "1")
+        return main.main(["--preset", "smoke", *places, *words])
 
-    first, ledger = run(minutes=1e-6)
-    assert first.all() is False and done == [] and not file.exists()  # the fit stops after a step
-    assert run()[0].all() is True
-    assert len(done) == 5 * 3 and len(set(done)) == len(done)
+    return run, done
+
+
+def test_finished_units_are_not_run_again(parts, small, tmp_path, capsys):
+    run, done = small
+    file, written = tmp_path / "real_weights.jsonl", tmp_path / "real_weights.json"
+    assert run("--dry_run") is False and not file.exists()
+    assert "19 units and" in capsys.readouterr().out  # teacher, rows, fit, maps, and 5 variants 3 times
+    assert run("--minutes", "1e-6") is False and done == [] and not file.exists()
+    assert run("--variants", "teacher", "linear") is False
+    assert done[:4] == ["teacher", "rows", "teacher", "maps, 1+3"] and len(done) == 3 + 3 + 3 and not written.exists()
+    assert run() is True
+    assert len(done) == 1 + 3 * 3 and done[0] == "fit, 1+3" and written.exists()
     lines = file.read_text().splitlines()
-    assert len(lines) == 1 + len(done)
-    again, ledger = run()
-    assert again.missing() == [] and again.all() is True and done == []
+    assert len(lines) == 19
+    assert run() is True and done == []
 
-    file.write_text("\n".join(lines[:-1]) + "\n")  # the last unit is lost
-    last, ledger = run()
-    assert [str(unit) for unit in last.missing()] == ["mamba2 1+3, trained end to end, seed 1"]
-    (bench.fit_folder() / "fit.json").unlink()  # and the machine was wiped
-    assert [unit.kind for unit in last.missing()] == ["fit", "train"]
-    assert last.all() is True
-    assert json.loads(file.read_text().splitlines()[-1])["result"] == json.loads(lines[-1])["result"]
+    last = "mamba2, 1+3, trained end to end, seed 1"
+    file.write_text("\n".join(lines[:-1]) + "\n")  # the last unit is lost, and the machine was wiped
+    shutil.rmtree(tmp_path / "work")
+    assert run() is True
+    assert done == ["teacher", "rows", "fit, 1+3", last]
+    first, again = (json.loads(text)["record"]["texts"] for text in (lines[-1], file.read_text().splitlines()[-1]))
+    assert again == first
 
-    other = replace(preset, train_tokens=4 * LENGTH)
-    kinds = {unit.kind for unit in main.Run(other, ledger, bench, 1, None).missing()}
-    assert kinds == {"train"}  # what does not depend on the tokens of the end-to-end step is shared
 
-    results = main.report("test", preset, ledger)
+def test_presets_share_what_does_not_depend_on_the_difference(parts):
+    units, preset = parts["_real_weights_units"].Units, _preset(parts)
+    own = {unit.digest for unit in units(preset).all()}
+    others = units(replace(preset, train_tokens=4 * LENGTH)).all()
+    new = [unit for unit in others if unit.digest not in own]
+    assert len(new) == 5 * 2 and all("seed" in unit.settings for unit in new)
+    fewer = units(replace(preset, fit_tokens=LENGTH)).all()
+    new = [unit for unit in fewer if unit.digest not in own]
+    assert len(new) == 1 + 3 and {unit.settings.get("variant") for unit in new} == {None, "mamba2"}
+
+
+def test_the_tables_are_made_of_the_records(parts, small, tmp_path, capsys):
+    run, _ = small
+    assert run() is True
+    results = json.loads((tmp_path / "real_weights.json").read_text())
     entry = results["table"]["1+3"]
     assert entry["cache_saved"] == pytest.approx(2 / DEPTH)
     assert len(entry["share"]["after"]["mamba2"]["all"]["values"]) == 2
@@ -294,16 +340,21 @@ def test_finished_units_are_not_run_again(parts, teacher, tmp_path, monkeypatch,
     gain = entry["gain_over"]["after"]["linear"]["all"]
     assert gain["values"] == pytest.approx([x - y for x, y in zip(linear, loss["mamba2"])])
     assert gain["low"] == pytest.approx(gain["mean"] - 12.706 * abs(gain["values"][0] - gain["values"][1]) / 2)
+    assert set(results["fit"]) == {"explained", "tokens", "parameters_of_a_mixer"}
+    assert results["seconds"]["cpu"] > 0
     assert "key-value bytes saved: 33.3%" in capsys.readouterr().out
 
 
-def test_the_end_to_end_step_leaves_identity_bridges_alone(parts, teacher, tmp_path):
-    bench, units = _bench(parts, teacher, tmp_path), parts["_real_weights_units"]
+def test_the_end_to_end_step_leaves_identity_bridges_alone(parts, given, tmp_path):
+    units = parts["_real_weights_units"]
+    units.fit_maps({"layers": [3], "tokens": 60 * LENGTH}, given, tmp_path, tmp_path / "none")
+    settings = {"layers": [3], "test_tokens": 4 * LENGTH, "train_tokens": 8 * LENGTH}
+    settings |= {"rows_per_step": 2, "learning_rate": 1e-4, "seed": 0}
     for variant, trained in (("dropped", 0), ("linear", 1)):
-        model = bench.build(variant, [3])
-        whole = sum(p.numel() for p in model.parameters())
+        needs = given | {"maps": tmp_path}
+        whole = sum(p.numel() for p in units.build(settings | {"variant": variant}, needs).parameters())
         bridge = 32 * 32 + 32
-        found = bench.measured(units.Unit("train", variant, (3,), 0))
+        found = units.measure_variant(settings | {"variant": variant}, needs, None, tmp_path / "none")
         assert found["parameters"] == whole - (1 - trained) * bridge
         assert found["train_tokens"] == 8 * LENGTH and set(found["texts"]) == {"bible", "shakespeare", "new"}
 
@@ -312,13 +363,6 @@ def test_share_of_gap(parts):
     share = parts["real_weights"].share_of_gap
     assert share([4.0, 4.0], [3.0, 3.5], [2.0, 3.0]) == pytest.approx([0.5, 0.5])
     assert share([4.0], [2.0], [2.0]) == [1.0] and share([4.0], [4.0], [2.0]) == [0.0]
-
-
-def test_a_broken_ledger_is_named(parts, tmp_path):
-    file = tmp_path / "ledger.jsonl"
-    file.write_text('{"settings": {}, "result": {}}\n')
-    with pytest.raises(ValueError, match=r"ledger.jsonl: line 1 is no finished unit \(KeyError"):
-        parts["_ledger"].Ledger(file)
 
 
 def test_sections_newer_than_a_date(parts):

@@ -11,7 +11,7 @@ import pytest
 
 import modeling_manticore.experiments.units as units_module
 from modeling_manticore.experiments.runner import RunFailed
-from modeling_manticore.experiments.units import Ledger, Unit, run_units
+from modeling_manticore.experiments.units import Ledger, Unit, missing, run_units
 
 
 def work(task):
@@ -75,6 +75,47 @@ def test_lines_of_another_script_count_and_stay_there(tmp_path):
     ledger = Ledger(tmp_path / "another", tmp_path / "second.jsonl", [tmp_path / "first.jsonl"])
     run_units(lambda ledger: units[:1], work, ledger)
     assert runs(tmp_path) == ["1"] and not (tmp_path / "second.jsonl").exists()
+
+
+def long_work(task):
+    """Counts to three in its checkpoints' folder; dies the first time at two."""
+    folder = Path(task["unfinished"])
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(list(folder.iterdir()))
+    before = {"cpu": 100.0 * count, "wall": 200.0 * count}
+    while count < 3:
+        if task["settings"]["dies"] and count == 2:
+            raise RuntimeError("killed")
+        (folder / str(count)).write_text("")
+        count += 1
+    return {"count": count, "earlier_seconds": before}
+
+
+def test_long_work_goes_on_from_its_checkpoints_which_then_go(tmp_path):
+    ledger = Ledger(tmp_path / "cache", tmp_path / "lines.jsonl")
+    settings = {"dies": True}
+    unit = Unit("count", settings, label="long")
+    with pytest.raises(RunFailed, match="long failed:[\\s\\S]*killed"):
+        run_units(lambda ledger: [unit], long_work, ledger)
+    assert len(list(ledger.unfinished(unit).iterdir())) == 2 and ledger.get(unit) is None
+    settings["dies"] = False
+    assert run_units(lambda ledger: [unit], long_work, ledger) is True
+    record = ledger.get(unit)
+    assert record["count"] == 3 and not ledger.unfinished(unit).exists() and "earlier_seconds" not in record
+    assert 200 <= record["cpu_seconds"] < 300 and 400 <= record["wall_seconds"] < 500
+
+
+def test_what_is_missing_is_told_with_what_it_needs(tmp_path):
+    units = chain(tmp_path)
+    ledger = Ledger(tmp_path / "cache", tmp_path / "lines.jsonl")
+    assert missing([units[2]], ledger) == units
+    run_units(lambda ledger: units, work, ledger)
+    assert missing(units, ledger) == []
+    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    elsewhere = Ledger(tmp_path / "another", tmp_path / "lines.jsonl")
+    assert missing([units[2]], elsewhere) == units  # records without files
+    assert missing(units[:2], elsewhere) == []
 
 
 def test_settings_and_needs_decide_the_digest_and_labels_do_not(tmp_path):

@@ -98,6 +98,10 @@ class Ledger:
         """The folder of what a unit left; it is there whole or not at all."""
         return self.folder / "files" / unit.digest
 
+    def unfinished(self, unit: Unit) -> Path:
+        """Where the work keeps what it would go on from; gone when the unit is finished."""
+        return self.folder / "unfinished" / unit.digest
+
     def has(self, unit: Unit) -> bool:
         """Whether a unit that needs this one can run."""
         return self.get(unit) is not None and (not unit.leaves_files or self.files(unit).is_dir())
@@ -126,8 +130,10 @@ def run_units(
 
     Args:
         plan: all units that are known by now, first the most urgent; asked again whenever one is finished.
-        work: a function of a module: {"kind", "settings", "needs": {name: folder}, "folder"} -> record. It writes
-            files into `folder`, which is None where the unit leaves none.
+        work: a function of a module: {"kind", "settings", "needs": {name: folder}, "folder", "unfinished"} -> record.
+            It writes files into `folder`, which is None where the unit leaves none. Long work keeps checkpoints in
+            `unfinished`, a folder that it makes, and goes on from them after a kill; the seconds that it took until
+            then are the record's `earlier_seconds` ({"cpu", "wall"}), and count.
         workers: processes of one thread each. One works in this process.
         minutes: nothing is begun that will probably not be finished by then, and (with several workers) what is
             running then is given up.
@@ -175,14 +181,35 @@ def run_units(
     return all(ledger.get(unit) is not None for unit in plan(ledger))
 
 
+def missing(units: Iterable[Unit], ledger: Ledger) -> list[Unit]:
+    """What has to run until these are finished, each once, behind what it needs: units whose files are gone too."""
+    found: dict[str, Unit] = {}
+
+    def add(unit: Unit) -> None:
+        for needed in unit.needs.values():
+            if not ledger.has(needed):
+                add(needed)
+        found.setdefault(unit.digest, unit)
+
+    for unit in units:
+        if ledger.get(unit) is None:
+            add(unit)
+    return list(found.values())
+
+
 class _Task:
     """What a pool takes: `settings` are sent to the process."""
 
     def __init__(self, unit: Unit, ledger: Ledger):
         self.unit = unit
         folders = {name: str(ledger.files(needed)) for name, needed in unit.needs.items()}
-        folder = str(ledger.files(unit)) if unit.leaves_files else None
-        self.settings = {"kind": unit.kind, "settings": unit.settings, "needs": folders, "folder": folder}
+        self.settings = {
+            "kind": unit.kind,
+            "settings": unit.settings,
+            "needs": folders,
+            "folder": str(ledger.files(unit)) if unit.leaves_files else None,
+            "unfinished": str(ledger.unfinished(unit)),
+        }
 
 
 def _next(units: list[Unit], ledger: Ledger, running: dict, left: float | None) -> Unit | None:
@@ -212,8 +239,8 @@ def _kept(unit: Unit, record: dict, ledger: Ledger) -> str | None:
     known = ledger.get(unit)
     if known is None:
         ledger.put(unit, record)
-        return None
-    if known["fingerprint"] == record["fingerprint"]:
+    shutil.rmtree(ledger.unfinished(unit), ignore_errors=True)
+    if known is None or known["fingerprint"] == record["fingerprint"]:
         return None
     told = f"its files were made again and have the fingerprint {record['fingerprint']}, not {known['fingerprint']}"
     if unit.must_repeat:
@@ -227,7 +254,9 @@ def _timed(work: Callable[[dict], dict], task: dict[str, Any]) -> dict[str, Any]
     """The record of the work with its times, versions, and a fingerprint of the files, which are moved into place."""
     clock, processor = time.perf_counter(), time.process_time()
     record = _in_place(work, task) if task["folder"] else work(task)
-    record |= {"wall_seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
+    earlier = record.pop("earlier_seconds", {"cpu": 0.0, "wall": 0.0})
+    record["wall_seconds"] = earlier["wall"] + time.perf_counter() - clock
+    record["cpu_seconds"] = earlier["cpu"] + time.process_time() - processor
     return record | {"versions": _versions(), "git_commit": git_commit(), "threads": torch.get_num_threads()}
 
 
