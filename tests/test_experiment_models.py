@@ -233,7 +233,7 @@ def test_pretrained_models_on_text(tmp_path):
         assert record["steps_done"] == 2 and record["tokens"] == 2 * 8 * 16
         assert 3.0 < record["test"]["loss"] < 8.0
     with pytest.raises(ValueError, match="texts: got 'nowhere'"):
-        check_text_rows(["nowhere"], "tokenizer")
+        check_text_rows(["nowhere"], "tokenizer", 64, 1, 1, 1, 1, 0)
 
 
 def test_data_of_mad_and_a_guess_by_frequency():

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 from modeling_manticore.commands import main
 from modeling_manticore.experiments.claims import judge
 from modeling_manticore.experiments.intervals import interval, paired, sign_flip_p, t_quantile
-from modeling_manticore.experiments.jobs import chains_of, nameless, run_fields
+from modeling_manticore.experiments.jobs import chains_of, shared_settings
 from modeling_manticore.experiments.records import write_lines
 from modeling_manticore.experiments.report import section, write_report
 from modeling_manticore.experiments.results import Results
 from modeling_manticore.experiments.schema import BEST, Budget, Claim, Published, load_experiment
-from modeling_manticore.experiments.tables import difference_table, measured_table
+from modeling_manticore.experiments.tables import cost_table, difference_table, measured_table
 
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "experiments" / "smoke.yaml"
@@ -45,6 +44,7 @@ def lines_of(experiment, accuracies: dict[str, dict[str, float]], validation: di
                         **{"digest": f"{task.name}{model.name}{seed}", "learning_rate": 1e-2, "baseline": 0.25},
                         **{"validation": {"accuracy": seen, "loss": 1 - seen}, "also_tested": {}},
                         **{"test": {"accuracy": accuracy, "loss": 1 - accuracy}, "parameters": 1000, "tokens": 640},
+                        "also_baseline": {},
                         **{"cache_bytes_per_token": {"Mamba-2": 0, "Manticore discretized": 256}.get(model.name, 512)},
                         **{
                             "flops_per_token": 2000,
@@ -52,12 +52,7 @@ def lines_of(experiment, accuracies: dict[str, dict[str, float]], validation: di
                             "git_commit": None,
                             "versions": {"torch": "2"},
                         },
-                        "settings": {
-                            "task": nameless(task),
-                            "model": nameless(model),
-                            "shape": asdict(experiment.shape),
-                            "training": run_fields(experiment.training),
-                        },
+                        "settings": shared_settings(experiment, task, model),
                         "choice": [0, 1] if model.kind == "searched" else None,
                     }
                 )
@@ -250,10 +245,94 @@ def test_an_experiment_that_is_only_begun_says_so_and_judges_nothing(tmp_path):
     for job in next(chains_of(experiment)[0].jobs()):
         names = {"model": job.model, "task": job.task, "phase": job.phase, "digest": job.digest}
         told = {key: job.settings[key] for key in ("learning_rate", "seed", "steps")}
-        measured = {"validation": {"accuracy": 0.1, "loss": 3.0}}
+        measured = {"validation": {"accuracy": 0.1, "loss": 3.0}, "baseline": 0.2, "cpu_seconds": 1.0}
+        measured |= {"versions": {}, "git_commit": None}
         lines.append(names | told | measured | {"settings": job.settings})
     write_lines(tmp_path / f"{experiment.name}.jsonl", lines)
     written = write_report([experiment], tmp_path / "RESULTS.md")
     assert f"Begun, {len(lines)} runs that compare learning rates; nothing is tested yet." in written
     assert "Learned by nobody" not in written and "unfinished" in written
     assert not list(tmp_path.glob("*.svg"))
+
+
+def test_runs_of_a_changed_model_are_left_out_and_shards_do_not_bring_them_back(tmp_path):
+    experiment = experiment_in(tmp_path)
+    scores = dict.fromkeys(["memorization", "compression"], GOOD)
+    old = lines_of(experiment, {name: GOOD | {"Transformer": 0.1} for name in scores})
+    for line in old:
+        line["digest"] += "old"
+    write_lines(tmp_path / "smoke.shard-1-of-1.jsonl", old)
+    experiment.models[0].family = "llama"
+    results = Results(experiment)
+    assert results.outdated == 2 * len(SEEDS) and not results.runs("memorization", "Transformer")
+    write_lines(tmp_path / "smoke.jsonl", lines_of(experiment, scores))
+    results = Results(experiment)
+    found = results.interval(results.columns[0], "Transformer").mean
+    assert found == pytest.approx(0.7 + FREE[0].mean())
+    # What a search was in does not decide for others, but for what is made of it.
+    experiment.models[2].gate = "mixture"
+    assert {line["model"] for line in Results(experiment).lines} == {"Transformer", "Mamba-2"}
+
+
+def test_of_several_final_runs_the_chosen_learning_rate_counts(tmp_path):
+    experiment = experiment_in(tmp_path)
+    lines = lines_of(experiment, dict.fromkeys(["memorization", "compression"], GOOD))
+    other = [line | {"learning_rate": 1e-3, "digest": line["digest"] + "other"} for line in lines]
+    for line in other:
+        line["test"] = {"accuracy": 0.0, "loss": 9.0}
+    compared = [
+        line
+        | {"phase": "tuning", "digest": f"{line['digest']}{rate}", "learning_rate": rate, "steps": 2}
+        | {"validation": {"accuracy": accuracy, "loss": 1.0}}
+        for line in lines
+        if line["seed"] == 0
+        for rate, accuracy in ((1e-3, 0.1), (1e-2, 0.2))
+    ]
+    results = Results(experiment, other + lines + compared)
+    assert results.chosen_rate("memorization", "Mamba-2") == 1e-2
+    assert results.rates("memorization", "Mamba-2") == [1e-2]
+    assert results.interval(results.columns[0], "Mamba-2").mean == pytest.approx(0.8 + FREE[1].mean())
+    # None of the two is above the baseline, 0.25.
+    assert "0.01*†, 0.01*†" in cost_table(results)
+    assert "†" not in cost_table(Results(experiment, lines))
+
+
+def test_a_mean_on_the_wrong_side_is_not_refuted_at_best(tmp_path):
+    experiment = experiment_in(tmp_path)
+    close = dict.fromkeys(["memorization", "compression"], GOOD | {"Manticore discretized": 0.795})
+    verdict = judged(experiment, close)
+    assert (verdict.holds, verdict.word) == (True, "not refuted")
+    assert "mean difference at least 0: 0" in verdict.measured
+    ahead = dict.fromkeys(["memorization", "compression"], GOOD)
+    assert judged(experiment, ahead).word == "yes"
+
+
+def test_a_bound_inside_an_interval_is_not_decided(tmp_path):
+    experiment = experiment_in(tmp_path)
+    scores = dict.fromkeys(["memorization", "compression"], GOOD)
+    claim = {"test": "number", "file": "other.json", "path": "mean"}
+    for mean, half, holds in ((0.1, 0.2, None), (-0.1, 0.2, None), (-0.1, 0.05, True), (0.1, 0.05, False)):
+        (tmp_path / "other.json").write_text(json.dumps({"mean": mean, "half_width": half}))
+        assert judged(experiment, scores, **claim, at_most=0).holds is holds
+        opposite = {None: None, True: False, False: True}[holds]
+        assert judged(experiment, scores, **claim, at_least=0).holds is opposite
+    (tmp_path / "other.json").write_text('{"mean": NaN, "half_width": 0.1}')
+    with pytest.raises(ValueError, match="'mean' is nan, allowed is a number"):
+        judged(experiment, scores, **claim, at_most=0)
+
+
+def test_hybrids_of_one_component_alone_are_said(tmp_path):
+    experiment = experiment_in(tmp_path)
+    lines = lines_of(experiment, dict.fromkeys(["memorization", "compression"], GOOD))
+    for line in lines:
+        if line["model"] == "Manticore discretized":
+            line["choice"] = [1, 1] if line["task"] == "compression" else [0, 1]
+    claim = Claim("a claim", "at_least", "Manticore discretized", BEST)
+    assert judge(claim, Results(experiment, lines)).measured.endswith("in 6 of 12 runs one component alone was chosen")
+
+
+def test_two_experiments_of_one_name_are_refused(tmp_path):
+    experiment = experiment_in(tmp_path)
+    with pytest.raises(ValueError, match="experiments: got 'smoke' twice, allowed is one file of a name"):
+        write_report([experiment, experiment], tmp_path / "RESULTS.md")
+    assert not (tmp_path / "RESULTS.md").exists()

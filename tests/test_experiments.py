@@ -36,7 +36,8 @@ def fake_run(settings: dict) -> dict:
     accuracy = settings["learning_rate"] * 10
     measured = {"accuracy": accuracy, "loss": 1.0}
     found = {"validation": measured, "test": measured, "also_tested": {}, "choice": [0, 1], "parameters": 100}
-    return found | {"weights": [[0.9, 0.1], [0.2, 0.8]], "cpu_seconds": 1.0}
+    found |= {"weights": [[0.9, 0.1], [0.2, 0.8]], "cpu_seconds": 1.0, "baseline": 0.1, "also_baseline": {}}
+    return found | {"tokens": 10, "flops_per_token": 10, "versions": {}, "git_commit": None}
 
 
 @pytest.fixture
@@ -65,6 +66,10 @@ BAD = {
     "against: best component|against: nobody": "claims[0].against: got 'nobody'",
     "test: at_least|test: number": "claims[0].file: it is missing, the test 'number' needs it",
     "blocks: 2|blocks: 3": "shape.blocks: got 3, allowed is at most layers, 2",
+    "test: at_least|test: at_least\n    share: 0.5": "claims[0].share: got it for the test 'at_least'",
+    "    task: mad/compression|    also_tested: [{name: x}, {name: x}]\n    task: mad/compression": (
+        "tasks[1].also_tested[1].name: 'x' is given twice"
+    ),
     "workers: 1|workerz: 1": "workerz: there is no such field; did you mean 'workers'?",
 }
 
@@ -81,19 +86,42 @@ def test_bad_experiments_name_the_field(change, message, tmp_path):
     assert message in str(error.value) and "bad.yaml" in str(error.value)
 
 
+COMPRESSION = SMOKE.read_text().partition("- name: compression\n    ")[2].partition("\nmodels:")[0]
+
+
 @pytest.mark.parametrize(
     "before, after, message",
     [
         ("task: mad/compression", "task: mad/compresion", "tasks[1].task: got 'mad/compresion'"),
         ("vocab_size: 4,", "vocabulary: 4,", "tasks[1]: options.vocabulary: there is no such option"),
         ("vocab_size: 4,", "vocab_size: 1,", "tasks[1]: vocab_size: got 1"),
+        *(
+            (COMPRESSION, f"task: {task}", message)
+            for task, message in {
+                "mqar\n    options: {num_pairs: 40, sequence_length: 30}": "tasks[1]: sequence_length: got 30",
+                "mqar\n    options: {longer: 2}": "tasks[1]: longer: got 2, allowed is a list",
+                "mqar\n    also_tested: [{name: x, split: test_2x}]": (
+                    "tasks[1].also_tested[0].split: got 'test_2x', allowed are train, validation, test."
+                ),
+                "listops\n    options: {rows: [5, 0, 3]}": "tasks[1]: rows (validation): got 0",
+                "pathfinder\n    options: {dash: 0}": "tasks[1]: dash: got 0",
+                "image\n    options: {folder: nowhere}": "tasks[1]: folder: got 'nowhere', allowed is a folder",
+                "image": "tasks[1]: options.folder: it is missing, 'image' needs it.",
+                "text-classification\n    options: {folder: ., validation: 1}": "tasks[1]: validation: got 1",
+                "snippets-standin\n    options: {sequence_length: 0}": "tasks[1]: sequence_length: got 0",
+                "text\n    options: {texts: [python], tokenizer: /nowhere}": "tasks[1]: tokenizer: got '/nowhere'",
+            }.items()
+        ),
     ],
 )
 def test_bad_tasks_name_the_field_before_anything_runs(before, after, message, tmp_path, capsys):
     file = tmp_path / "bad.yaml"
+    assert before in SMOKE.read_text()
     file.write_text(SMOKE.read_text().replace(before, after))
-    assert main(["experiment", str(file), "--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == 2
-    assert message in capsys.readouterr().err
+    for words in ([], ["--dry_run"]):
+        places = ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+        assert main(["experiment", str(file), *places, *words]) == 2
+        assert f"{file}: {message}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
@@ -300,3 +328,49 @@ def test_bad_budgets_and_published_numbers_name_the_field(fields, message, tmp_p
     with pytest.raises(ValueError) as error:
         load_experiment(file)
     assert message in str(error.value)
+
+
+def test_splits_beside_test_are_known_before_anything_runs():
+    experiment = load_experiment(EXPERIMENTS / "e8_long_recall.yaml")
+    check_tasks(experiment)
+    assert [extra.split for extra in experiment.tasks[0].also_tested] == ["test_2x", "test_4x"]
+
+
+def test_data_that_cannot_be_made_is_said_in_a_line(tmp_path):
+    file = tmp_path / "bad.yaml"
+    (tmp_path / "empty").mkdir()
+    file.write_text(
+        SMOKE.read_text().replace(COMPRESSION, f"task: image\n    options: {{folder: {tmp_path / 'empty'}}}")
+    )
+    with pytest.raises(RunFailed) as error:
+        run_experiment(load_experiment(file), cache=tmp_path / "cache", progress=False)
+    assert "the task 'image' cannot be made: folder: got" in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_lines_of_another_grid_stay_in_the_file(untrained, tmp_path):
+    experiment = smoke(tmp_path)
+    run_experiment(experiment, cache=tmp_path / "cache", progress=False)
+    before = read_lines(tmp_path, experiment.name)
+    experiment.training.steps = 5
+    own = run_experiment(experiment, cache=tmp_path / "cache", progress=False)
+    kept = read_lines(tmp_path, experiment.name)
+    assert len(own) < len(kept) and {line["digest"] for line in before} <= {line["digest"] for line in kept}
+    run_experiment(experiment, cache=tmp_path / "cache", progress=False)
+    assert read_lines(tmp_path, experiment.name) == kept
+
+
+@pytest.mark.parametrize("field", ["output", "cache"])
+def test_folders_that_cannot_be_written_to_are_found_out_first(field, untrained, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"output": tmp_path / "out", "cache": tmp_path / "cache"}
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        words = [f"--{name}={bad if name == field else place}" for name, place in places.items()]
+        assert main(["experiment", str(SMOKE), *words]) == 2
+        assert f"{field}: got" in capsys.readouterr().err and not untrained
+
+
+def test_a_launcher_that_tells_no_numbers_is_refused():
+    assert shard_from(None, {"RANK": "1", "WORLD_SIZE": "4"}) == (2, 4)
+    for rank in ("x", "4", "-1"):
+        with pytest.raises(ValueError, match="RANK, WORLD_SIZE: got"):
+            shard_from(None, {"RANK": rank, "WORLD_SIZE": "4"})

@@ -50,17 +50,23 @@ def run(arguments: list[str]) -> None:
     )
     shard = shard_from(options.shard, os.environ)
 
+    for name in ("output", "cache"):
+        given = getattr(options, name)
+        require(given is None or not Path(given).is_file(), f"{name}: got the file {given!r}, allowed is a folder.")
+
     from ..experiments.schema import check_tasks, load_experiment
 
     experiment = load_experiment(options.experiment)
     if options.output is not None:
-        require(not Path(options.output).is_file(), f"output: got the file {options.output!r}, allowed is a folder.")
         experiment.output = options.output
+    try:
+        check_tasks(experiment)
+    except ValueError as error:
+        raise ValueError(f"{options.experiment}: {error}") from error
 
     from ..experiments.runner import finished_runs, run_experiment
 
     if options.dry_run:
-        check_tasks(experiment)
         done, count = finished_runs(experiment, shard, options.cache)
         print(f"{experiment.name}: {count} runs, {done} of them finished")
         return
@@ -86,7 +92,13 @@ def shard_from(given: str | None, environment) -> tuple[int, int]:
     if given is None:
         for rank, size in LAUNCHERS:
             if rank in environment and size in environment:
-                return int(environment[rank]) + 1, int(environment[size])
+                given = environment[rank], environment[size]
+                require(
+                    all(re.fullmatch(r"\d{1,6}", word) for word in given) and int(given[0]) < int(given[1]),
+                    f"{rank}, {size}: got {given[0]!r} and {given[1]!r} in the environment, allowed are a rank and a "
+                    "larger number of processes.",
+                )
+                return int(given[0]) + 1, int(given[1])
         return 1, 1
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", given)
     require(

@@ -1,6 +1,7 @@
 """Whether a claim holds: computed from runs, never typed."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,20 @@ ENDS = {"low": "lower end", "high": "upper end"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """`holds` is None where the data cannot tell; `measured` says in a sentence what was found."""
+    """
+    `holds` is None where the data cannot tell; `measured` says in a sentence what was found. `contradicts` is whether
+    means are on the wrong side of what nevertheless lies within their intervals.
+    """
 
     holds: bool | None
     measured: str
+    contradicts: bool = False
 
     @property
     def word(self) -> str:
         """In tables."""
+        if self.holds and self.contradicts:
+            return "not refuted"
         return {True: "yes", False: "no", None: "not decided"}[self.holds]
 
 
@@ -32,10 +39,11 @@ def judge(claim: Claim, results: Results) -> Verdict:
       and where the rival learned the task the model did too.
     - "better": on enough columns the lower end is above 0.
     - "cache": as "at_least", and the model's cache bytes are at most `share` of those of the component with most.
-    - "number": a value in a JSON file of results is within its bounds.
+    - "number": a value in a JSON file of results is within its bounds; the mean of an interval is if all of the
+      interval is.
 
     Columns that nobody learned are left out of the count. The claim is undecided while runs are missing, with one
-    seed, or where nothing was learned.
+    seed, where nothing was learned, or where a bound is inside an interval.
 
     Raises:
         ValueError: a JSON file or a value in it that "number" needs is broken.
@@ -54,11 +62,17 @@ def judge(claim: Claim, results: Results) -> Verdict:
         return Verdict(None, f"nobody learned anything{note}")
     needed = len(learned) if claim.tasks is None else claim.tasks
     passed = [column for column in learned if TESTS[claim.test](claim, results, column)]
-    positive = sum(_found(claim, results, column)[0].mean >= 0 for column in learned)
+    ahead = [column for column in learned if _found(claim, results, column)[0].mean >= 0]
     parts = [f"{column.name} {_difference(claim, results, column)}" for column in learned]
-    measured = f"{len(passed)} of {len(learned)} (needed: {needed}; mean difference at least 0: {positive}): "
-    measured += "; ".join(parts) + note
-    return Verdict(len(passed) >= needed, measured)
+    measured = f"{len(passed)} of {len(learned)} (needed: {needed}; mean difference at least 0: {len(ahead)}): "
+    measured += "; ".join(parts) + note + _choices_note(claim, results)
+    return Verdict(len(passed) >= needed, measured, len([c for c in passed if c in ahead]) < needed)
+
+
+def _choices_note(claim: Claim, results: Results) -> str:
+    """That a hybrid is none, where its search chose one component for all blocks."""
+    single, count = results.single_choices(claim.model)
+    return f"; in {single} of {count} runs one component alone was chosen" if single else ""
 
 
 def _is_ready(claim: Claim, results: Results, column: Column) -> bool:
@@ -130,20 +144,32 @@ def _number(claim: Claim, results: Results) -> Verdict:
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ValueError(f"{file}: there is no {claim.path!r} (at {key!r}).") from error
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{file}: {claim.path!r} is {type(value).__name__}, allowed is a number.")
+    if not _is_number(value):
+        given = value if isinstance(value, float) else type(value).__name__
+        raise ValueError(f"{file}: {claim.path!r} is {given}, allowed is a number.")
     low, high = claim.at_least, claim.at_most
     bounds = [f"{word} {bound:g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None]
-    holds = (low is None or value >= low) and (high is None or value <= high)
-    return Verdict(holds, f"{_in_interval(key, value, around)} (needed: {' and '.join(bounds)})")
+    text, half = _in_interval(key, value, around)
+    ends = (value - half, value + half)
+    within = [(low is None or end >= low) and (high is None or end <= high) for end in ends]
+    outside = (low is not None and ends[1] < low) or (high is not None and ends[0] > high)
+    holds = True if all(within) else False if outside else None
+    return Verdict(holds, f"{text} (needed: {' and '.join(bounds)})")
 
 
-def _in_interval(key: str, value: float, around: object) -> str:
-    """A number; one that is the mean or an end of an interval with what the rest of the interval says."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _in_interval(key: str, value: float, around: object) -> tuple[str, float]:
+    """
+    A number, in words, and half of its interval's width. One that is the mean or an end of an interval is told with
+    what the rest of the interval says; an end has no width of its own.
+    """
     if not isinstance(around, dict) or key not in ("mean", "low", "high"):
-        return f"{value:.4g}"
+        return f"{value:.4g}", 0.0
     mean, half = around.get("mean"), around.get("half_width")
-    if not all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in (mean, half)):
-        return f"{value:.4g}"
+    if not (_is_number(mean) and _is_number(half)):
+        return f"{value:.4g}", 0.0
     text = f"{mean:.4g} ± {half:.4g}"
-    return text if key == "mean" else f"{text}, {ENDS[key]} {value:.4g}"
+    return (text, half) if key == "mean" else (f"{text}, {ENDS[key]} {value:.4g}", 0.0)

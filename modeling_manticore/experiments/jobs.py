@@ -70,29 +70,37 @@ class Chain:
     def _job(self, model: ModelEntry, rate: float, seed: int, phase: str, finished: dict) -> Job:
         from .. import __version__
 
-        experiment = self.experiment
-        training = experiment.training_of(self.task)
-        layout = model
+        training = self.experiment.training_of(self.task)
         settings: dict[str, Any] = {}
         if model.kind == "discretized":
-            layout = next(other for other in self.models if other.name == model.of)
             found = "choice" if model.max_attention_blocks is None else "weights"
-            settings |= {"supernet": nameless(layout), found: finished[model.of, seed][found]}
+            settings[found] = finished[model.of, seed][found]
         if model.kind == "same_parameters":
             settings["parameters"] = finished[model.of, seed]["parameters"]
+        settings |= shared_settings(self.experiment, self.task, model)
         settings |= {
             "version": __version__,
-            "model": nameless(model) | {"of": None if model.of is None else "of"},
-            "families": experiment.families_of(layout),
-            "task": nameless(self.task),
-            "shape": asdict(experiment.shape),
-            "training": run_fields(training),
             "learning_rate": rate,
             "seed": seed,
             "steps": min(training.tuning_steps, training.steps) if phase == TUNING else training.steps,
             "tested": phase == FINAL,
         }
         return Job(model.name, self.task.name, phase, settings)
+
+
+def shared_settings(experiment: Experiment, task: TaskEntry, model: ModelEntry) -> dict[str, Any]:
+    """What of the settings all runs of a model on a task have in common."""
+    layout, found = model, {}
+    if model.kind == "discretized":
+        layout = next(other for other in experiment.models if other.name == model.of)
+        found["supernet"] = nameless(layout)
+    return found | {
+        "model": nameless(model) | {"of": None if model.of is None else "of"},
+        "families": experiment.families_of(layout),
+        "task": nameless(task),
+        "shape": asdict(experiment.shape),
+        "training": run_fields(experiment.training_of(task)),
+    }
 
 
 def nameless(entry: ModelEntry | TaskEntry) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
+# What tables read of every run, and of one that was tested.
+READ = (
+    *("digest", "model", "task", "phase", "learning_rate", "seed", "steps", "settings"),
+    *("validation", "baseline", "cpu_seconds", "versions", "git_commit"),
+)
+READ_OF_TESTED = ("test", "also_tested", "also_baseline", "parameters", "tokens", "flops_per_token")
+
 # What a line says besides the record of its run.
 TOLD = ("experiment", "model", "task", "phase", "learning_rate", "seed", "steps", "digest", "settings")
 
@@ -81,13 +88,25 @@ def read_lines(folder: str | Path, name: str) -> list[dict[str, Any]]:
     folder = Path(folder)
     files = [lines_file(folder, name), *sorted(folder.glob(f"{name}.shard-*-of-*.jsonl"))]
     found: dict[tuple, dict] = {}
-    for file in files:
-        if not file.is_file():
-            continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                found.setdefault((record["digest"], record["model"], record["task"]), record)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}: line {number} is no run ({error!r}).") from error
+    for record in (record for file in files for record in read_file(file)):
+        found.setdefault((record["digest"], record["model"], record["task"]), record)
     return list(found.values())
+
+
+def read_file(file: Path) -> list[dict[str, Any]]:
+    """
+    The runs of one file, none where it is not there.
+
+    Raises:
+        ValueError: names the file and the line that is no run.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else (), start=1):
+        try:
+            record = json.loads(line)
+            for key in READ + READ_OF_TESTED * (record["phase"] == "final"):
+                record[key]
+            records.append(record)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: line {number} is no run ({error!r}).") from error
+    return records

@@ -14,7 +14,9 @@ from .tables import choice_table, cost_table, difference_table, measured_table, 
 HEADING = """# Results
 
 Made by `manticore report` out of the experiment files and the runs beside them; not written by hand. "Holds" is
-computed from the numbers. Intervals are 95 % Student intervals over seeds; differences are paired by seed.
+computed from the numbers: "not refuted" says that what is claimed lies within the intervals, though means say
+otherwise, "not decided" that an interval contains the bound (or that runs are missing). Intervals are 95 % Student
+intervals over seeds; differences are paired by seed.
 """
 
 
@@ -23,8 +25,13 @@ def write_report(experiments: list[Experiment], output: Path, pictures: bool = T
     Write the report, and a picture `NAME.svg` beside the runs of every experiment that has some. Returns the text.
 
     Raises:
-        ValueError: runs or JSON results that cannot be read, before anything is written.
+        ValueError: two experiments of one name, or runs or JSON results that cannot be read, before anything is
+            written.
     """
+    names = [experiment.name for experiment in experiments]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"experiments: got {', '.join(map(repr, twice))} twice, allowed is one file of a name.")
     everything = [Results(experiment) for experiment in experiments]
     sections = [section(results, output.parent if pictures else None) for results in everything]
     rows = [row for results in everything for row in _claim_rows(results, with_name=True)]
@@ -78,7 +85,10 @@ def section(results: Results, folder: Path | None) -> str:
         if chosen is not None:
             names = ", ".join(f"{k} {name}" for k, name in enumerate(_searched_families(experiment)))
             parts += [f"What the searches chose, a digit for every block ({names}), and how often:", chosen]
-        parts += ["Costs, means over tasks and seeds; a learning rate with * is at the end of the grid:"]
+        parts += [
+            "Costs, means over tasks and seeds; a learning rate with * is at the end of the grid, one with † was "
+            "chosen among runs of which none was above the guess by frequency:"
+        ]
         parts.append(cost_table(results))
         parts.append(_made_by(results))
     return "\n\n".join(parts)

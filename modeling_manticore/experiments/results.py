@@ -1,11 +1,11 @@
 """The runs of one experiment as numbers by column, model and seed, and what may be said of them."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .intervals import Interval, interval, paired
-from .jobs import FINAL, TUNING, nameless, run_fields
+from .jobs import FINAL, TUNING, best_of, shared_settings
 from .records import read_lines
 from .schema import BEST, COMPONENT_KINDS, Experiment
 from .tasks import TASKS
@@ -28,7 +28,8 @@ class Column:
 class Results:
     """
     The final runs of an experiment, of one setting each: where lines of several settings are there (the file was
-    changed since), those are left out whose budget, task or shape is not the file's.
+    changed since), those are left out whose model, budget, task or shape is not the file's, and of final runs those
+    whose learning rate is not the one that the comparison chose.
     """
 
     def __init__(self, experiment: Experiment, lines: list[dict[str, Any]] | None = None):
@@ -37,28 +38,54 @@ class Results:
         self.lines = [line for line in lines if self._is_current(line)]
         self.outdated = len(lines) - len(self.lines)
         self.columns = self._columns()
-        self._final = {
-            (line["task"], line["model"], line["seed"]): line for line in self.lines if line["phase"] == FINAL
-        }
+        self._final: dict[tuple, dict] = {}
+        for line in self.lines:
+            if line["phase"] == FINAL and self.chosen_rate(line["task"], line["model"]) in (
+                None,
+                line["learning_rate"],
+            ):
+                self._final.setdefault((line["task"], line["model"], line["seed"]), line)
 
     def _is_current(self, line: dict) -> bool:
         """Whether the line is of this file's grid, whichever learning rate was the best."""
         experiment, settings = self.experiment, line["settings"]
         task = next((task for task in experiment.tasks if task.name == line["task"]), None)
-        if task is None:
+        model = next((model for model in experiment.models if model.name == line["model"]), None)
+        if task is None or model is None:
             return False
         training = experiment.training_of(task)
         tuning_steps = min(training.tuning_steps, training.steps)
-        models = {model.name: model.kind for model in experiment.models}
+        shared = shared_settings(experiment, task, model)
         return (
-            settings["task"] == nameless(task)
-            and settings["model"]["kind"] == models.get(line["model"])
-            and settings["shape"] == asdict(experiment.shape)
-            and settings["training"] == run_fields(training)
+            all(settings.get(name) == value for name, value in shared.items())
             and line["seed"] in training.seeds
             and line["learning_rate"] in training.learning_rates
             and line["steps"] == (tuning_steps if line["phase"] == TUNING else training.steps)
         )
+
+    def tuning(self, task: str, model: str) -> list[dict]:
+        """The runs that compare learning rates, in the order of the grid; empty while one is missing."""
+        found = {
+            line["learning_rate"]: line
+            for line in self.lines
+            if (line["task"], line["model"], line["phase"]) == (task, model, TUNING)
+        }
+        rates = self.experiment.training.learning_rates
+        return [found[rate] for rate in rates] if all(rate in found for rate in rates) else []
+
+    def chosen_rate(self, task: str, model: str) -> float | None:
+        """The learning rate that is best on validation rows; None without (all of) the comparison."""
+        runs = self.tuning(task, model)
+        entry = next(entry for entry in self.experiment.tasks if entry.name == task)
+        return runs[best_of(runs, entry)]["learning_rate"] if runs else None
+
+    def chosen_by_chance(self, task: str, model: str) -> bool:
+        """Whether none of the compared learning rates was above the frequency baseline, so that none is better."""
+        runs = self.tuning(task, model)
+        entry = next(entry for entry in self.experiment.tasks if entry.name == task)
+        if not runs or TASKS[entry.task].measure != "accuracy":
+            return False
+        return max(line["validation"]["accuracy"] for line in runs) <= runs[0]["baseline"]
 
     def _columns(self) -> list[Column]:
         columns = []
@@ -179,3 +206,8 @@ class Results:
         """How often a search, or what was built by it, has which paths, as digits."""
         found = (line.get("choice") for line in self.runs(task, model))
         return Counter("".join(map(str, choice)) for choice in found if choice)
+
+    def single_choices(self, model: str) -> tuple[int, int]:
+        """Of how many runs the choice is one component alone, and how many runs have a choice."""
+        found = sum((self.choices(task.name, model) for task in self.experiment.tasks), Counter())
+        return sum(count for choice, count in found.items() if len(set(choice)) == 1), found.total()

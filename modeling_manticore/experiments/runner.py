@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import tempfile
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from tqdm.auto import tqdm
 from ..processes import small_process
 from ..tasks.text import cache_folder
 from .jobs import Chain, Job, chains_of, shard_of
-from .records import Cache, entry_of, finite, lines_file, read_lines, write_lines
+from .records import Cache, entry_of, finite, lines_file, read_file, read_lines, write_lines
 from .schema import Experiment, check_tasks
-from .tasks import TASKS
+from .tasks import TASKS, TaskFailed
 
 
 # What launchers set: the processes of a grid are independent, none may wait for another's.
@@ -45,7 +47,8 @@ def run_experiment(
 ) -> list[dict[str, Any]]:
     """
     Run what is neither in the cache nor in the lines that `experiment.output` has already, and write one JSON line a
-    run there, again after every run.
+    run there, again after every run. Lines that are of no run of this grid (the file was changed since) stay behind
+    them.
 
     Args:
         workers: processes of one thread each; by default the experiment's. One runs in this process.
@@ -56,7 +59,7 @@ def run_experiment(
         the records of the runs.
 
     Raises:
-        ValueError: bad tasks, workers or shard, before anything runs.
+        ValueError: bad tasks, workers or shard, or a folder that cannot be written to, before anything runs.
         RunFailed: a run ended with an exception. Those that were running besides are finished and kept.
     """
     index, count = shard
@@ -68,7 +71,11 @@ def run_experiment(
     if not experiment.models:
         raise ValueError(f"experiment: {experiment.name!r} has no models and tasks, so there is nothing to run.")
     check_tasks(experiment)
+    cache = cache_folder() / "experiments" if cache is None else Path(cache)
+    _require_folder("cache", cache)
+    _require_folder("output", Path(experiment.output))
     output = lines_file(experiment.output, experiment.name, shard)
+    others = read_file(output)
     grid = _Grid(shard_of(chains_of(experiment), index, count), _finished(experiment, cache))
     with ExitStack() as stack:
         stack.enter_context(_environment())
@@ -81,13 +88,12 @@ def run_experiment(
             if job is not None:
                 found = grid.records[job]["validation"]
                 bar.set_postfix_str(f"{job.task}, {job.model}: {_shown(job, found)}")
-                write_lines(output, _lines(experiment, grid))
+                write_lines(output, _lines(experiment, grid, others))
 
         tell(None)
         _work(grid, pool, tell)
-    lines = _lines(experiment, grid)
-    write_lines(output, lines)
-    return lines
+    write_lines(output, _lines(experiment, grid, others))
+    return _lines(experiment, grid, [])
 
 
 def finished_runs(
@@ -112,6 +118,21 @@ class _Finished:
     def put(self, digest: str, entry: dict[str, Any]) -> None:
         """Keep a run in the cache."""
         self._cache.put(digest, entry)
+
+
+def _require_folder(field: str, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{field}: got {str(folder)!r} ({error.strerror}), allowed is a folder that can be written to."
+        ) from error
 
 
 def _finished(experiment: Experiment, cache: str | os.PathLike | None) -> _Finished:
@@ -295,6 +316,8 @@ def _answer(work: Work | None, settings: dict) -> tuple[dict | None, str | None]
 
     try:
         return work(settings), None
+    except TaskFailed as error:
+        return None, str(error)
     except Exception:
         return None, traceback.format_exc()
 
@@ -318,13 +341,16 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _lines(experiment: Experiment, grid: _Grid) -> list[dict]:
+def _lines(experiment: Experiment, grid: _Grid, others: list[dict]) -> list[dict]:
+    """One line a run of the grid in the file's order, and then those of `others` that are of no such run."""
     lines = []
     for job, record in grid.records.items():
         names = {"experiment": experiment.name, "model": job.model, "task": job.task, "phase": job.phase}
         told = {key: job.settings[key] for key in ("learning_rate", "seed", "steps")}
         lines.append(names | told | {"digest": job.digest} | record | {"settings": job.settings})
-    return sorted(lines, key=lambda line: _place(experiment, line))
+    own = {(line["digest"], line["model"], line["task"]) for line in lines}
+    left = [line for line in others if (line["digest"], line["model"], line["task"]) not in own]
+    return sorted(lines, key=lambda line: _place(experiment, line)) + left
 
 
 def _place(experiment: Experiment, line: dict) -> tuple:

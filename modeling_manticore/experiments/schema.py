@@ -28,11 +28,12 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ensemble": (("sources",), ()),
 }
 COMPONENT_KINDS = ("component", "continued")
-CLAIMS: dict[str, tuple[str, ...]] = {
-    "at_least": ("model", "against"),
-    "better": ("model", "against"),
-    "cache": ("model", "against", "share"),
-    "number": ("file", "path"),
+# What each test of a claim needs and may have beside `paper`.
+CLAIMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "at_least": (("model", "against"), ("tasks",)),
+    "better": (("model", "against"), ("tasks",)),
+    "cache": (("model", "against", "share"), ("tasks",)),
+    "number": (("file", "path"), ("at_most", "at_least")),
 }
 BEST = "best component"
 
@@ -87,14 +88,7 @@ class ModelEntry:
         Raises:
             ValueError: a field that the kind needs is missing, or one is given that it has not.
         """
-        needed, optional = KINDS[self.kind]
-        for name in self.__dataclass_fields__:
-            given = name not in ("name", "kind") and getattr(self, name) is not None
-            if given and name not in needed + optional:
-                allowed = ", ".join(needed + optional) or "no other field"
-                raise ValueError(f"{where}.{name}: got it for {self.kind!r}, allowed there is {allowed}.")
-            if not given and name in needed:
-                raise ValueError(f"{where}.{name}: it is missing, {self.kind!r} needs it.")
+        _check_fields(self, where, repr(self.kind), *KINDS[self.kind], ("name", "kind"))
         for i, family in enumerate(self.families or []):
             if family not in FAMILIES:
                 raise ValueError(f"{where}.families[{i}]: got {family!r}, allowed are {', '.join(FAMILIES)}.")
@@ -157,6 +151,13 @@ class TaskEntry:
     budget: Budget = field(default_factory=Budget)
     published: Published | None = None
 
+    def validate(self, where: str) -> None:
+        """
+        Raises:
+            ValueError: two further test splits have one name.
+        """
+        _check_names(f"{where}.also_tested", self.also_tested)
+
 
 @dataclass
 class Training:
@@ -218,11 +219,10 @@ class Claim:
     def validate(self, where: str) -> None:
         """
         Raises:
-            ValueError: a field that the test needs is missing.
+            ValueError: a field that the test needs is missing, or one is given that it has not.
         """
-        for name in CLAIMS[self.test]:
-            if getattr(self, name) is None:
-                raise ValueError(f"{where}.{name}: it is missing, the test {self.test!r} needs it.")
+        needed, optional = CLAIMS[self.test]
+        _check_fields(self, where, f"the test {self.test!r}", needed, optional, ("paper", "test"))
         if self.test == "number" and self.at_most is None and self.at_least is None:
             raise ValueError(f"{where}.at_most, {where}.at_least: both are missing, allowed is one or both.")
         if self.file is not None and ("/" in self.file or "\\" in self.file or not self.file.endswith(".json")):
@@ -260,10 +260,7 @@ class Experiment:
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name: got {self.name!r}, allowed are letters, digits, '-' and '_'.")
         for section in ("models", "tasks"):
-            names = [entry.name for entry in getattr(self, section)]
-            for i, name in enumerate(names):
-                if name in names[:i]:
-                    raise ValueError(f"{section}[{i}].name: {name!r} is given twice.")
+            _check_names(section, getattr(self, section))
         if bool(self.models) != bool(self.tasks):
             raise ValueError("models, tasks: got only one of them, allowed are both or neither.")
         models = {model.name: model for model in self.models}
@@ -306,6 +303,26 @@ class Experiment:
         return model.families or [self.shape.attention, self.shape.state_space]
 
 
+def _check_fields(
+    entry: Any, where: str, kind: str, needed: tuple[str, ...], optional: tuple[str, ...], always: tuple[str, ...]
+) -> None:
+    given = [name for name in entry.__dataclass_fields__ if name not in always and getattr(entry, name) is not None]
+    for name in needed:
+        if name not in given:
+            raise ValueError(f"{where}.{name}: it is missing, {kind} needs it.")
+    for name in given:
+        if name not in needed + optional:
+            allowed = ", ".join(needed + optional) or "no other field"
+            raise ValueError(f"{where}.{name}: got it for {kind}, allowed there is {allowed}.")
+
+
+def _check_names(where: str, entries: list) -> None:
+    names = [entry.name for entry in entries]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{where}[{i}].name: {name!r} is given twice.")
+
+
 def load_experiment(file: str | Path) -> Experiment:
     """
     An experiment out of a YAML file. Only read and checked.
@@ -333,11 +350,14 @@ def check_tasks(experiment: Experiment) -> None:
         ValueError: names the task, what was given and what is allowed.
     """
     for i, entry in enumerate(experiment.tasks):
-        check_task(entry.task, entry.options, f"tasks[{i}]")
+        splits = check_task(entry.task, entry.options, f"tasks[{i}]")
         for j, model in enumerate(experiment.models):
             if (model.source or model.sources) and TASKS[entry.task].head != "tokens":
                 raise ValueError(
                     f"models[{j}]: it is pretrained, allowed with {entry.task!r} are models from scratch."
                 )
         for j, extra in enumerate(entry.also_tested):
-            check_task(entry.task, entry.options | extra.options, f"tasks[{i}].also_tested[{j}]")
+            where = f"tasks[{i}].also_tested[{j}]"
+            own = check_task(entry.task, entry.options | extra.options, where) if extra.options else splits
+            if own is not None and extra.split not in own:
+                raise ValueError(f"{where}.split: got {extra.split!r}, allowed are {', '.join(own)}.")

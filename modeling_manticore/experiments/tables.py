@@ -115,10 +115,15 @@ def _shown(found: Interval, column: Column, sign: str = "") -> str:
 
 
 def _rates(results: Results, model: str) -> str:
-    """By task; * where it is the smallest or largest of the grid, so that a wider one might be better."""
+    """
+    By task; * where it is the smallest or largest of the grid, so that a wider one might be better, † where no rate
+    was above the frequency baseline.
+    """
     grid = sorted(results.experiment.training.learning_rates)
     told = []
     for task in results.experiment.tasks:
         rates = results.rates(task.name, model)
-        told.append("/".join(f"{rate:g}" + "*" * (len(grid) > 1 and rate in (grid[0], grid[-1])) for rate in rates))
+        edges = {rate: "*" * (len(grid) > 1 and rate in (grid[0], grid[-1])) for rate in rates}
+        chance = "†" * results.chosen_by_chance(task.name, model)
+        told.append("/".join(f"{rate:g}{edge}{chance}" for rate, edge in edges.items()))
     return ", ".join(text or "-" for text in told) or "-"

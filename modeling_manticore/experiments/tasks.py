@@ -1,7 +1,7 @@
 """The tasks that an experiment may name. A task is a function that returns a `datasets.DatasetDict`, and a metric."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -24,6 +24,10 @@ HEADS = ("tokens", "last_state", "sequence")
 SPLITS = ("train", "validation", "test")
 
 
+class TaskFailed(ValueError):
+    """Data that cannot be made; the message is for the user, and where in the code it happened does not matter."""
+
+
 @dataclass(frozen=True)
 class Task:
     """
@@ -38,7 +42,9 @@ class Task:
             gives all labels from the state at the last token; "sequence", a classifier of that state.
         measure: what is compared: "accuracy", or "loss" in nats (less is better).
         fixed: options that belong to the name.
-        check: "module:function" that refuses bad options with a ValueError without making rows.
+        check: "module:function" of all arguments of `make`, which refuses bad ones with a ValueError without making
+            rows, and returns the names of splits beside `SPLITS` (or None). Without it they are found out when a run
+            begins.
     """
 
     make: str
@@ -73,7 +79,7 @@ def register(name: str, task: Task) -> None:
     TASKS[name] = task
 
 
-OWN = "modeling_manticore.experiments.tasks"
+OWN, CHECKS = "modeling_manticore.experiments.tasks", "modeling_manticore.experiments.task_checks"
 for _name in SETTINGS:
     register(
         f"mad/{_name}",
@@ -82,20 +88,21 @@ for _name in SETTINGS:
             metric=f"{OWN}:{'aligned' if _name == 'compression' else 'shifted'}_accuracy",
             head="last_state" if _name == "compression" else "tokens",
             fixed={"task": _name},
-            check=f"{OWN}:check_mad",
+            check=f"{CHECKS}:check_mad",
         ),
     )
-register("mqar", Task("modeling_manticore.tasks.mqar:mqar", f"{OWN}:shifted_accuracy"))
-for _name, _make in {
-    "listops": "listops:listops",
-    "pathfinder": "pathfinder:pathfinder",
-    "image": "lra:image_task",
-    "text-classification": "lra:text_task",
-    "retrieval": "lra:retrieval_task",
-    "digits-standin": "lra:digits_standin",
-    "snippets-standin": "lra:snippets_standin",
-}.items():
-    register(_name, Task(f"modeling_manticore.tasks.{_make}", f"{OWN}:class_accuracy", head="sequence"))
+register("mqar", Task("modeling_manticore.tasks.mqar:mqar", f"{OWN}:shifted_accuracy", check=f"{CHECKS}:check_mqar"))
+for _name, _make, _check in (
+    ("listops", "listops:listops", "check_listops"),
+    ("pathfinder", "pathfinder:pathfinder", "check_pathfinder"),
+    ("image", "lra:image_task", "check_files"),
+    ("text-classification", "lra:text_task", "check_files"),
+    ("retrieval", "lra:retrieval_task", "check_files"),
+    ("digits-standin", "lra:digits_standin", "check_standin"),
+    ("snippets-standin", "lra:snippets_standin", "check_standin"),
+):
+    _path, _measured = f"modeling_manticore.tasks.{_make}", f"{OWN}:class_accuracy"
+    register(_name, Task(_path, _measured, head="sequence", check=f"{CHECKS}:{_check}"))
 register(
     "text",
     Task(
@@ -124,8 +131,11 @@ def resolve(path: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def check_task(name: str, options: dict[str, Any], where: str) -> None:
+def check_task(name: str, options: dict[str, Any], where: str) -> tuple[str, ...] | None:
     """
+    Returns:
+        the names of the task's splits; None where only making it can tell.
+
     Raises:
         ValueError: an unknown task, one whose code is not installed, or options that it does not take.
     """
@@ -135,13 +145,19 @@ def check_task(name: str, options: dict[str, Any], where: str) -> None:
     try:
         make = resolve(task.make)
         resolve(task.metric)
-        taken = {"seed", *task.fixed}
-        allowed = [n for n in inspect.signature(make).parameters if n not in taken]
+        signature = inspect.signature(make)
+        own = {option: entry for option, entry in signature.parameters.items() if option not in ("seed", *task.fixed)}
         for option in options:
-            if option not in allowed:
-                raise ValueError(f"options.{option}: there is no such option of {name!r}, allowed are {allowed}.")
-        if task.check is not None:
-            resolve(task.check)(**task.fixed, **options)
+            if option not in own:
+                raise ValueError(f"options.{option}: there is no such option of {name!r}, allowed are {list(own)}.")
+        for option, entry in own.items():
+            if entry.default is entry.empty and entry.kind is not entry.VAR_KEYWORD and option not in options:
+                raise ValueError(f"options.{option}: it is missing, {name!r} needs it.")
+        if task.check is None:
+            return None
+        given = signature.bind(**task.fixed, **options)
+        given.apply_defaults()
+        return SPLITS + tuple(resolve(task.check)(**given.arguments) or ())
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -151,11 +167,20 @@ def _made(name: str, options: tuple, seed: int) -> "DatasetDict":
     task = TASKS[name]
     make = resolve(task.make)
     own = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
-    data = make(**task.fixed, **{key: _thawed(value) for key, value in options}, **own)
-    missing = [split for split in SPLITS if split not in data]
+    try:
+        return make(**task.fixed, **{key: _thawed(value) for key, value in options}, **own)
+    except (ValueError, OSError) as error:
+        raise TaskFailed(f"the task {name!r} cannot be made: {error}") from error
+
+
+def require_splits(name: str, data: "DatasetDict", wanted: Iterable[str]) -> None:
+    """
+    Raises:
+        TaskFailed: the task made no such split.
+    """
+    missing = [split for split in wanted if split not in data]
     if missing:
-        raise ValueError(f"task: {name!r} made no split {', '.join(missing)}.")
-    return data
+        raise TaskFailed(f"the task {name!r} made no split {', '.join(missing)}, but {', '.join(data)}.")
 
 
 def data_of(name: str, options: dict[str, Any], seed: int) -> "DatasetDict":
@@ -263,15 +288,3 @@ def aligned_accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, f
 def class_accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Share of rows whose class (rows,) is predicted."""
     return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(labels)))}
-
-
-def check_mad(task: str, validation_rows: int = 1, test_rows: int = 1, **fields: Any) -> None:
-    """
-    Raises:
-        ValueError: as `setting_of`, or too few rows for evaluation.
-    """
-    from ..tasks.mad.settings import require_integer, setting_of
-
-    require_integer("validation_rows", validation_rows, 1)
-    require_integer("test_rows", test_rows, 1)
-    setting_of(task, **fields)

@@ -37,7 +37,7 @@ def text_rows(
     from ..commands.models import load_tokenizer
     from ..tasks.text import corpus, interleave, pack, shorten, split
 
-    check_text_rows(texts, tokenizer, row_length, train_rows, validation_rows, test_rows, characters)
+    check_text_rows(texts, tokenizer, row_length, train_rows, validation_rows, test_rows, characters, seed)
     own = load_tokenizer(tokenizer)
     parts = [split(shorten(corpus(name), characters)) for name in texts]
     wanted = {"train": ("train", train_rows), "validation": ("search", validation_rows), "test": ("test", test_rows)}
@@ -53,11 +53,12 @@ def text_rows(
 def check_text_rows(
     texts: list[str],
     tokenizer: str,
-    row_length: int = 64,
-    train_rows: int = 1,
-    validation_rows: int = 1,
-    test_rows: int = 1,
-    characters: int = 1,
+    row_length: int,
+    train_rows: int,
+    validation_rows: int,
+    test_rows: int,
+    characters: int,
+    seed: int,
 ) -> None:
     """
     Raises:
@@ -76,3 +77,5 @@ def check_text_rows(
             raise ValueError(f"texts: got {name!r}, allowed are {', '.join(BUILT_IN)}, files and folders.")
     if not isinstance(tokenizer, str) or not tokenizer:
         raise ValueError(f"tokenizer: got {tokenizer!r}, allowed is a folder or repository.")
+    if Path(tokenizer).is_absolute() and not Path(tokenizer).is_dir():
+        raise ValueError(f"tokenizer: got {tokenizer!r}, which is no folder, allowed is a folder or repository.")

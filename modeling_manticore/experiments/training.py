@@ -20,12 +20,14 @@ from .architectures import Sizes, costs_of
 from .models import Request, build, choice_of, configs_of, hybrid_in
 from .schema import ModelEntry, Shape, TaskEntry, Training
 from .tasks import (
+    SPLITS,
     TASKS,
     classes_of,
     collate,
     data_of,
     frequency_baseline,
     longest,
+    require_splits,
     resolve,
     vocabulary_of,
 )
@@ -52,7 +54,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     kind = TASKS[task.task]
     data = data_of(task.task, task.options, settings["seed"])
     seed = settings["seed"]
+    require_splits(task.task, data, SPLITS)
     others = {test.name: data_of(task.task, task.options | test.options, seed) for test in task.also_tested}
+    for test in task.also_tested:
+        require_splits(task.task, others[test.name], [test.split])
     request = _request(settings, _sizes(kind.head, task, [data, *others.values()]), kind.head, data, training)
     model = build(request)
     with tempfile.TemporaryDirectory(prefix="manticore-run-") as folder:

@@ -76,13 +76,7 @@ def mqar(
         ValueError: settings with which there are not enough rows.
     """
     setting = MqarSetting(vocab_size, sequence_length, num_pairs, gap_exponent, random_filler)
-    tests = {}
-    for multiple in longer:
-        require_integer("longer", multiple, 2)
-        pairs = num_pairs * multiple if scale_pairs else num_pairs
-        tests[multiple] = replace(setting, sequence_length=sequence_length * multiple, num_pairs=pairs)
-    for checked in (setting, *tests.values()):
-        check(checked)
+    tests = longer_settings(setting, longer, scale_pairs)
     counts = {"test": test_rows, "validation": validation_rows, "train": train_rows}
     for name, count in counts.items():
         require_integer(f"{name}_rows", count, 1)
@@ -96,6 +90,25 @@ def mqar(
 
     names = ("train", "validation", "test", *(f"test_{multiple}x" for multiple in tests))
     return DatasetDict({name: token_dataset(*splits[name]) for name in names})
+
+
+def longer_settings(
+    setting: MqarSetting, longer: tuple[int, ...], scale_pairs: bool = False
+) -> dict[int, MqarSetting]:
+    """
+    Multiple of the length -> the setting of its test rows, all of them checked, and the setting itself too.
+
+    Raises:
+        ValueError: as `mqar`.
+    """
+    check(setting)
+    tests = {}
+    for multiple in longer:
+        require_integer("longer", multiple, 2)
+        pairs = setting.num_pairs * multiple if scale_pairs else setting.num_pairs
+        tests[multiple] = replace(setting, sequence_length=setting.sequence_length * multiple, num_pairs=pairs)
+        check(tests[multiple])
+    return tests
 
 
 def check(setting: MqarSetting) -> None:
