@@ -64,20 +64,27 @@ class Report:
             return math.fsum(nats) / record["test_tokens"][domain]
         return bits_per_byte(nats, self.bytes[domain])
 
-    def better(self, pair: str, seed: int) -> str:
-        """The continued component that is better on search rows of all domains; the test text does not choose."""
+    def better(self, pair: str, seed: int, domain: str = MIXTURE) -> str:
+        """
+        The continued component that is better on search rows of all domains; of a domain, of those that were trained
+        on it. The test text does not choose.
+        """
         records = self.runs[pair][seed]
-        names = [model.name for model in self.plan.models(pair) if model.kind == "continued"]
+        models = [model for model in self.plan.models(pair) if model.kind == "continued"]
+        names = [model.name for model in models if domain in (MIXTURE, model.components[0][1])]
         return min(names, key=lambda name: records[name]["search"])
 
     def differences(self, name: str, domain: str, measure: str, pair: str | None = None) -> list[float]:
-        """A row minus the better component, seed by seed; without a pair the mean over pairs of every seed."""
+        """
+        A row minus the component that is better in the domain (`better`), seed by seed; without a pair the mean over
+        pairs of every seed.
+        """
         if pair is None:
             return [fmean(values) for values in zip(*(self.differences(name, domain, measure, p) for p in self.runs))]
         found = []
         for seed, records in self.runs[pair].items():
             if name in records:
-                rival = self.value(records[self.better(pair, seed)], domain, measure)
+                rival = self.value(records[self.better(pair, seed, domain)], domain, measure)
                 found.append(self.value(records[name], domain, measure) - rival)
         return found
 

@@ -9,7 +9,7 @@ from _components import work_folder
 from _domain_plan import Plan, Setting
 from _domain_report import Report
 from _domain_units import work
-from _shared import RESULTS, quiet, write
+from _shared import RESULTS, opened_ledger, quiet, write
 
 from modeling_manticore.experiments.units import Ledger, Unit, run_units
 
@@ -68,9 +68,8 @@ def run(
         setting, name = replace(setting, **SMOKE), f"{name}_smoke"
         others = tuple(f"{other}_smoke" for other in others)
     results = Path(given.results)
-    ledger = Ledger(
-        work_folder(given.work, WORK), results / f"{name}.jsonl", [results / f"{other}.jsonl" for other in others]
-    )
+    lines = results / f"{name}.jsonl"
+    ledger = opened_ledger(work_folder(given.work, WORK), lines, [results / f"{other}.jsonl" for other in others])
     plan = plan_of(setting)
     show_plan(plan, ledger, given.workers)
     if given.dry_run:

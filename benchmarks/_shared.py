@@ -1,5 +1,6 @@
 """What the benchmark scripts share: intervals over seeds, and results as JSON with what made them."""
 
+import argparse
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from statistics import mean, stdev
 
 import torch
 from transformers.utils import logging
+
+from modeling_manticore.experiments.units import Ledger
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,6 +34,24 @@ def quiet() -> None:
     """Neither progress bars nor hints of transformers between the lines of a table."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def parsed(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """The options; numbers of processes, seeds and minutes must be above 0 (those that are named so)."""
+    given = parser.parse_args(words)
+    for name in ("workers", "seeds", "minutes"):
+        value = getattr(given, name, None)
+        if value is not None and not value > 0:
+            parser.error(f"{name}: got {value}, allowed is a number above 0")
+    return given
+
+
+def opened_ledger(folder: Path, lines: Path, others: list[Path] | None = None) -> Ledger:
+    """The finished units; a file that is broken ends the program with a line."""
+    try:
+        return Ledger(folder, lines, others or [])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def summary(values: list[float]) -> dict:

@@ -24,7 +24,7 @@ from statistics import mean
 from _components import work_folder
 from _real_weights_data import NOTES, TEXTS
 from _real_weights_units import PRESETS, VARIANTS, Preset, Units, work
-from _shared import RESULTS, quiet, shown, summary, write
+from _shared import RESULTS, opened_ledger, parsed, quiet, shown, summary, write
 
 from modeling_manticore.experiments.units import Ledger, Unit, missing, run_units
 
@@ -146,10 +146,10 @@ def main(words: list[str] | None = None) -> bool:
     parser.add_argument("--work", help="folder of weights, fits and maps (default: in the package's cache folder)")
     parser.add_argument("--results", default=str(RESULTS), help="folder of the finished units' lines and the JSON")
     parser.add_argument("--dry_run", action="store_true", help="print what is to be done, and do nothing")
-    given = parser.parse_args(words)
+    given = parsed(parser, words)
     quiet()
     preset, results = PRESETS[given.preset], Path(given.results)
-    ledger = Ledger(work_folder(given.work, "real_weights"), results / "real_weights.jsonl")
+    ledger = opened_ledger(work_folder(given.work, "real_weights"), results / "real_weights.jsonl")
     units = Units(preset).all(tuple(given.variants))
     show_plan(units, ledger, given.workers)
     if given.dry_run:

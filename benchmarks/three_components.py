@@ -17,6 +17,7 @@ from dataclasses import replace
 import two_domains
 from _domain_plan import Plan, Setting
 from _domain_run import options, run
+from _shared import parsed
 
 
 SETTING = replace(
@@ -36,7 +37,7 @@ BLOCKS = 6
 
 def main(words: list[str] | None = None) -> bool:
     """Do what is left, print the table and write `results/three_components.json`."""
-    given = options(__doc__, seeds=3).parse_args(words)
+    given = parsed(options(__doc__, seeds=3), words)
 
     def plan_of(setting: Setting) -> Plan:
         blocks = min(BLOCKS, setting.layers)

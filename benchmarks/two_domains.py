@@ -22,6 +22,7 @@ Finished units are kept in the cache folder and in `results/two_domains.jsonl`; 
 
 from _domain_plan import Plan, Setting
 from _domain_run import options, run
+from _shared import parsed
 
 
 # Tokens of eleven minutes of one thread, with another process beside it: 11,500 and 4,600 tokens a second.
@@ -41,7 +42,9 @@ def main(words: list[str] | None = None) -> bool:
     parser.add_argument(
         "--from_scratch_seeds", type=int, default=3, help="seeds with components trained on everything"
     )
-    given = parser.parse_args(words)
+    given = parsed(parser, words)
+    if given.from_scratch_seeds < 0:
+        parser.error(f"from_scratch_seeds: got {given.from_scratch_seeds}, allowed is at least 0")
 
     def plan_of(setting: Setting) -> Plan:
         return Plan(setting, PAIRS, list(range(given.seeds)), from_scratch_seeds=given.from_scratch_seeds)

@@ -190,17 +190,16 @@ def claims() -> str:
     How many claims of RESULTS.md hold.
 
     Raises:
-        ValueError: a verdict that is none of yes, no and not decided.
+        ValueError: a verdict that the report does not have.
     """
     first = (ROOT / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")[0]
     rows: list[Any] = [line.strip("|").split("|") for line in first.splitlines() if line.startswith("| ")][2:]
     counts = Counter(row[-1].strip() for row in rows)
-    if not rows or set(counts) - {"yes", "no", "not decided"}:
-        raise ValueError(f"RESULTS.md: got the verdicts {sorted(counts)}, allowed are yes, no, not decided.")
-    return (
-        f"[RESULTS.md](RESULTS.md) has {len(rows)} claims, the paper's and ours, and what our data say of them. They "
-        f"hold: {counts['yes']}. They do not: {counts['no']}. Not decided yet: {counts['not decided']}."
-    )
+    words = {"yes": "they hold", "not refuted": "not refuted", "no": "they do not", "not decided": "not decided"}
+    if not rows or set(counts) - set(words):
+        raise ValueError(f"RESULTS.md: got the verdicts {sorted(counts)}, allowed are {', '.join(words)}.")
+    told = ", ".join(f"{text}: {counts[word]}" for word, text in words.items())
+    return f"[RESULTS.md](RESULTS.md) has {len(rows)} claims, the paper's and ours, and what our data say; {told}."
 
 
 PARTS = {

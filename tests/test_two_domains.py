@@ -153,6 +153,30 @@ def test_differences_recomputed_from_the_lines(finished):
     assert everything["values"] == pytest.approx(found)  # the mean over one pair
 
 
+def test_the_rival_in_a_domain_is_the_component_of_that_domain(finished):
+    plan, ledger, _ = finished
+    report = Report(plan, ledger)
+    for seed, records in report.runs[PAIR].items():
+        for domain in ("prose", "code"):
+            (rival,) = [name for name in records if f"({domain}) continued" in name]
+            expected = report.value(records[CHOSEN], domain, "nats") - report.value(records[rival], domain, "nats")
+            assert report.differences(CHOSEN, domain, "nats", PAIR)[seed] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--seeds", "0"], ["--minutes", "-1"]])
+def test_numbers_that_must_be_positive_are(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        two_domains.main([*words, "--dry_run"])
+    assert error.value.code == 2 and f"{words[0][2:]}: got {words[1]}" in capsys.readouterr().err.replace(".0", "")
+
+
+def test_a_broken_file_of_lines_ends_in_a_line(tmp_path):
+    (tmp_path / "two_domains_smoke.jsonl").write_text("{}\n")
+    places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match="two_domains_smoke.jsonl: line 1 is no finished unit"):
+        two_domains.main(["--smoke", "--dry_run", *places])
+
+
 def test_the_bootstrap_is_around_the_difference_and_p_needs_six_seeds(finished):
     plan, ledger, _ = finished
     report = Report(plan, ledger)
