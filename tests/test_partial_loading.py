@@ -77,9 +77,12 @@ def test_shards_of_unused_layers_are_not_needed(tmp_path):
 
 @pytest.mark.parametrize("case", ["same dtype", "converted, many shards"])
 def test_memory_of_building(case):
-    """Small here; `benchmarks/building_memory.py` measures 400 MB each."""
+    """
+    240 MB each; `benchmarks/building_memory.py` measures 400. With less the 10 MB or so that loading takes whatever it
+    loads are beyond the bound.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import building_memory
 
-    found = building_memory.measure(80, building_memory.CASES[case])
+    found = building_memory.measure(240, building_memory.CASES[case])
     assert found["private"] <= found["bound"] and found["file"] <= found["file_bound"], found
