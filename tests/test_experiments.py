@@ -37,7 +37,13 @@ def fake_run(settings: dict) -> dict:
     measured = {"accuracy": accuracy, "loss": 1.0}
     found = {"validation": measured, "test": measured, "also_tested": {}, "choice": [0, 1], "parameters": 100}
     found |= {"weights": [[0.9, 0.1], [0.2, 0.8]], "cpu_seconds": 1.0, "baseline": 0.1, "also_baseline": {}}
-    return found | {"tokens": 10, "flops_per_token": 10, "versions": {}, "git_commit": None}
+    return found | {
+        "tokens": 10,
+        "flops_per_token": 10,
+        "cache_bytes_per_token": 0,
+        "versions": {},
+        "git_commit": None,
+    }
 
 
 @pytest.fixture

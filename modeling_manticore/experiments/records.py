@@ -66,7 +66,10 @@ READ = (
     *("digest", "model", "task", "phase", "learning_rate", "seed", "steps", "settings"),
     *("validation", "baseline", "cpu_seconds", "versions", "git_commit"),
 )
-READ_OF_TESTED = ("test", "also_tested", "also_baseline", "parameters", "tokens", "flops_per_token")
+READ_OF_TESTED = (
+    *("test", "also_tested", "also_baseline"),
+    *("parameters", "tokens", "flops_per_token", "cache_bytes_per_token"),
+)
 
 # What a line says besides the record of its run.
 TOLD = ("experiment", "model", "task", "phase", "learning_rate", "seed", "steps", "digest", "settings")

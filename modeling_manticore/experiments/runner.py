@@ -71,8 +71,7 @@ def run_experiment(
     if not experiment.models:
         raise ValueError(f"experiment: {experiment.name!r} has no models and tasks, so there is nothing to run.")
     check_tasks(experiment)
-    cache = cache_folder() / "experiments" if cache is None else Path(cache)
-    _require_folder("cache", cache)
+    _require_folder("cache", _place_of(cache))
     _require_folder("output", Path(experiment.output))
     output = lines_file(experiment.output, experiment.name, shard)
     others = read_file(output)
@@ -120,6 +119,10 @@ class _Finished:
         self._cache.put(digest, entry)
 
 
+def _place_of(cache: str | os.PathLike | None) -> Path:
+    return cache_folder() / "experiments" if cache is None else Path(cache)
+
+
 def _require_folder(field: str, folder: Path) -> None:
     """
     Raises:
@@ -136,7 +139,7 @@ def _require_folder(field: str, folder: Path) -> None:
 
 
 def _finished(experiment: Experiment, cache: str | os.PathLike | None) -> _Finished:
-    store = Cache(cache_folder() / "experiments" if cache is None else cache)
+    store = Cache(_place_of(cache))
     lines = read_lines(experiment.output, experiment.name)
     return _Finished(store, {line["digest"]: entry_of(line) for line in lines})
 

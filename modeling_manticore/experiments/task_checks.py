@@ -3,7 +3,6 @@ What the options of an experiment's tasks must be, tested before anything is mad
 its task's maker, and may return the names of test splits beside `test`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ..tasks.mad.settings import require_integer, setting_of
@@ -67,9 +66,12 @@ def check_files(folder: Any, **given: Any) -> None:
     Raises:
         ValueError: no such folder, a length that is no positive integer, or a share that is none.
     """
-    if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
-        raise ValueError(f"folder: got {folder!r}, allowed is a folder that exists.")
-    _check_lengths(given)
+    from ..tasks.lra import check_share, existing_folder
+
+    existing_folder(folder)
+    check_standin(**given)
+    if "validation" in given:
+        check_share(given["validation"])
 
 
 def check_standin(**given: Any) -> None:
@@ -77,13 +79,6 @@ def check_standin(**given: Any) -> None:
     Raises:
         ValueError: a length that is no positive integer.
     """
-    _check_lengths(given)
-
-
-def _check_lengths(given: dict[str, Any]) -> None:
     for name in ("sequence_length", "document_length"):
         if name in given:
             require_integer(name, given[name], 1)
-    share = given.get("validation", 0.1)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"validation: got {share!r}, allowed is a share above 0 and below 1.")

@@ -60,7 +60,7 @@ def image_task(folder: str | os.PathLike, validation: float = 0.1, seed: int = 0
     Raises:
         ValueError: none of both, a broken file, or the python version of CIFAR-10, whose files are pickles.
     """
-    root = _folder("folder", folder)
+    root = existing_folder(folder)
     if (root / "cifar-10-batches-bin").is_dir():
         root = root / "cifar-10-batches-bin"
     batches = sorted(root.glob("data_batch_*.bin"))
@@ -99,7 +99,7 @@ def text_task(
         ValueError: the folder is not so.
     """
     require_integer("sequence_length", sequence_length, 1)
-    root = _folder("folder", folder)
+    root = existing_folder(folder)
     root = root / "aclImdb" if (root / "aclImdb").is_dir() else root
     names, parts = ("neg", "pos"), {"train": [], "test": []}
     for split, examples in parts.items():
@@ -124,7 +124,7 @@ def retrieval_task(folder: str | os.PathLike, document_length: int = 4000) -> "D
         ValueError: a file is missing, or a line is no such pair.
     """
     require_integer("document_length", document_length, 1)
-    root = _folder("folder", folder)
+    root = existing_folder(folder)
     splits, taken = {}, set()
     for split in ("test", "validation", "train"):
         file, examples = root / AAN_FILES[split], []
@@ -196,11 +196,23 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def _folder(field: str, folder: str | os.PathLike) -> Path:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{field}: got {str(folder)!r}, allowed is a folder that exists.")
-    return path
+def existing_folder(folder: str | os.PathLike) -> Path:
+    """
+    Raises:
+        ValueError: it is no path, or there is no such folder.
+    """
+    if not isinstance(folder, (str, os.PathLike)) or not Path(folder).expanduser().is_dir():
+        raise ValueError(f"folder: got {str(folder)!r}, allowed is a folder that exists.")
+    return Path(folder).expanduser()
+
+
+def check_share(validation: float) -> None:
+    """
+    Raises:
+        ValueError: it is no share.
+    """
+    if isinstance(validation, bool) or not isinstance(validation, (int, float)) or not 0 < validation < 1:
+        raise ValueError(f"validation: got {validation!r}, allowed is a share above 0 and below 1.")
 
 
 def _cifar(file: Path) -> list[Example]:
@@ -287,8 +299,7 @@ def _classes(
     train: list[Example], test: list[Example], names: Iterable[str], validation: float, seed: int
 ) -> "DatasetDict":
     """The test split as it is, and validation a share of the train split, which loses what the test split has too."""
-    if not 0 < validation < 1:
-        raise ValueError(f"validation: got {validation}, allowed is a share above 0 and below 1.")
+    check_share(validation)
     train = _first_of_each(train, {content for content, _ in test})
     _random(seed).shuffle(train)
     held = max(1, round(validation * len(train)))
