@@ -112,13 +112,15 @@ def test_tasks_that_nobody_learned_are_left_out_and_said(tmp_path):
     experiment = experiment_in(tmp_path)
     chance = dict.fromkeys(GOOD, 0.25)
     verdict = judged(experiment, {"memorization": GOOD, "compression": chance})
-    assert (
-        verdict.holds is True and "1 of 1" in verdict.measured and "nobody learned it: compression" in verdict.measured
-    )
+    assert verdict.holds is True and "1 of 1" in verdict.measured
+    assert "neither of the two learned it: compression" in verdict.measured
     assert judged(experiment, {"memorization": chance, "compression": chance}).holds is None
     # A hybrid at chance is not excused by its wide interval where a component learned the task.
     wide = {"memorization": GOOD, "compression": chance | {"Mamba-2": 0.31}}
     assert judged(experiment, wide).holds is False
+    # Two models at chance are not compared because a third one learned the task.
+    verdict = judged(experiment, wide, against="Transformer")
+    assert verdict.holds is True and "1 of 1" in verdict.measured and "compression +" not in verdict.measured
 
 
 def test_missing_runs_and_one_seed_decide_nothing(tmp_path):

@@ -42,8 +42,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
     - "number": a value in a JSON file of results is within its bounds; the mean of an interval is if all of the
       interval is.
 
-    Columns that nobody learned are left out of the count. The claim is undecided while runs are missing, with one
-    seed, where nothing was learned, or where a bound is inside an interval.
+    Columns that neither the model nor its rival learned are left out of the count. The claim is undecided while runs
+    are missing, with one seed, where nothing was learned, or where a bound is inside an interval.
 
     Raises:
         ValueError: a JSON file or a value in it that "number" needs is broken.
@@ -55,11 +55,11 @@ def judge(claim: Claim, results: Results) -> Verdict:
         return Verdict(None, "not run" if not results.lines else f"unfinished: {_names(missing)}")
     if len(results.experiment.training.seeds) < 2:
         return Verdict(None, "one seed has no interval")
-    learned = [column for column in results.columns if results.learned_by_anyone(column)]
+    learned = [column for column in results.columns if _ranks(claim, results, column)]
     left_out = [column for column in results.columns if column not in learned]
-    note = f"; left out, since nobody learned it: {_names(left_out)}" if left_out else ""
+    note = f"; left out, since neither of the two learned it: {_names(left_out)}" if left_out else ""
     if not learned:
-        return Verdict(None, f"nobody learned anything{note}")
+        return Verdict(None, f"neither of the two learned anything{note}")
     needed = len(learned) if claim.tasks is None else claim.tasks
     passed = [column for column in learned if TESTS[claim.test](claim, results, column)]
     ahead = [column for column in learned if _found(claim, results, column)[0].mean >= 0]
@@ -79,6 +79,11 @@ def _is_ready(claim: Claim, results: Results, column: Column) -> bool:
     named = claim.against in results.models and claim.test != "cache"
     rivals = [claim.against] if named else results.components
     return bool(rivals) and all(results.is_complete(column, model) for model in (claim.model, *rivals))
+
+
+def _ranks(claim: Claim, results: Results, column: Column) -> bool:
+    """Whether a difference says anything: of two models at chance neither is better."""
+    return any(results.learned(column, name) for name in (claim.model, results.rival(column, claim.against)))
 
 
 def _found(claim: Claim, results: Results, column: Column) -> tuple[Interval, str]:
