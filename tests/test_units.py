@@ -2,15 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import modeling_manticore.experiments.units as units_module
-from modeling_manticore.experiments.runner import RunFailed
+from modeling_manticore.experiments.runner import RunFailed, _Workers
 from modeling_manticore.experiments.units import Ledger, Unit, missing, run_units
 
 
@@ -207,7 +209,7 @@ if __name__ == "__main__":
     with _Workers(2, time.sleep) as workers:
         workers.submit(SimpleNamespace(settings=600))
         time.sleep(1)
-        print(*(process.pid for process in workers._processes), flush=True)
+        print(*(process.pid for process in workers._processes.values()), flush=True)
         time.sleep(600)
 """
 
@@ -234,3 +236,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         while any(map(is_alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not any(map(is_alive, workers))
+
+
+def test_idle_workers_end_by_themselves_and_those_in_a_run_are_stopped_in_it():
+    with _Workers(2, time.sleep) as workers:
+        workers.submit(SimpleNamespace(settings=600))
+    assert sorted(process.exitcode for process in workers._processes.values()) == [-signal.SIGTERM, 0]

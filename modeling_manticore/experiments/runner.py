@@ -252,20 +252,24 @@ class _Workers:
         context = multiprocessing.get_context("spawn")
         self._idle: list[Connection] = []
         self._running: dict[Connection, Job] = {}
-        self._processes = []
+        self._processes = {}
         for _ in range(self._count):
             own, other = context.Pipe()
             process = context.Process(target=_serve, args=(other, self._work), daemon=True)
             process.start()
             other.close()
             self._idle.append(own)
-            self._processes.append(process)
+            self._processes[own] = process
         return self
 
     def __exit__(self, *error):
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
+        """Idle ones end by themselves, with whatever they clean up; those in a run are stopped in it."""
+        for connection, process in self._processes.items():
+            if connection in self._idle:
+                connection.close()
+            else:
+                process.terminate()
+        for process in self._processes.values():
             process.join()
 
     @property
