@@ -9,13 +9,13 @@ held-out Bible and Shakespeare, which are surely in SmolLM2's own training, and 
 of the gap is (dropped - hybrid) / (dropped - teacher), in nats, all three trained with the same tokens, or none of
 them trained.
 
-Every finished unit is a line of benchmarks/results/real_weights.jsonl, which is committed, and is not run again.
+Every finished unit is a line of benchmarks/results/real_weights.jsonl, which is committed, and is not run again. As
+soon as the teacher, the dropped layers and the Mamba-2 are finished, real_weights_<preset>.json has their tables.
 Weights, fitted mixers and linear maps stay in the work folder (`--work`): where it is gone, they are made anew as soon
 as a unit that needs them is missing. A fit that is killed goes on from its last checkpoint.
 """
 
 import argparse
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +30,21 @@ from modeling_manticore.experiments.units import Ledger, Unit, missing, run_unit
 
 
 STAGES = ("before", "after")
+COMPARED = ("teacher", "dropped", "mamba2")  # a share of the gap needs these; the others are beside it
 
 
-def losses_of(preset: Preset, ledger: Ledger) -> dict:
+def complete(preset: Preset, ledger: Ledger) -> tuple[str, ...]:
+    """Variants of which every unit is finished."""
+    units = {variant: Units(preset).all((variant,)) for variant in VARIANTS}
+    return tuple(variant for variant in VARIANTS if all(ledger.get(unit) is not None for unit in units[variant]))
+
+
+def losses_of(preset: Preset, ledger: Ledger, variants: tuple[str, ...]) -> dict:
     """(variant, layers, stage) -> text -> losses, one a seed; "all" is the mean of the texts."""
     found: dict = {}
-    for unit in Units(preset).all()[1:]:
+    for unit in Units(preset).all(variants):
+        if unit.kind != "measure":
+            continue
         texts = ledger.get(unit)["texts"]
         one = {name: texts[name]["loss"] for name in TEXTS} | {"all": mean(texts[name]["loss"] for name in TEXTS)}
         stage = STAGES["seed" in unit.settings]
@@ -50,25 +59,26 @@ def share_of_gap(dropped: list[float], own: list[float], teacher: list[float]) -
     return [(d - o) / (d - t) for d, o, t in zip(dropped, own, teacher, strict=True)]
 
 
-def table_of(preset: Preset, ledger: Ledger) -> dict:
-    """Losses, shares of the gap, cache and parameters, for each set of layers."""
-    losses, units, table = losses_of(preset, ledger), Units(preset), {}
+def table_of(preset: Preset, ledger: Ledger, variants: tuple[str, ...] = VARIANTS) -> dict:
+    """Losses, shares of the gap, cache and parameters of finished variants, for each set of layers."""
+    losses, units, table = losses_of(preset, ledger, variants), Units(preset), {}
+    replacing = [variant for variant in variants if variant not in ("teacher", "dropped")]
     for layers in preset.replaced:
         entry: dict = {"loss": {}, "perplexity": {}, "share": {}, "gain_over": {}}
         for stage in STAGES:
-            rows = {v: losses[v, () if v == "teacher" else layers, stage] for v in VARIANTS}
+            rows = {v: losses[v, () if v == "teacher" else layers, stage] for v in variants}
             entry["loss"][stage] = {v: {text: summary(x) for text, x in row.items()} for v, row in rows.items()}
             entry["perplexity"][stage] = {
                 v: {text: summary([math.exp(loss) for loss in row[text]]) for text in TEXTS} for v, row in rows.items()
             }
             entry["share"][stage] = {
                 v: {t: summary(share_of_gap(rows["dropped"][t], rows[v][t], rows["teacher"][t])) for t in rows[v]}
-                for v in VARIANTS[2:]
+                for v in replacing
             }
             entry["gain_over"][stage] = {
-                v: {t: _gain(rows[v][t], rows["mamba2"][t]) for t in rows[v]} for v in VARIANTS[2:-1]
+                v: {t: _gain(rows[v][t], rows["mamba2"][t]) for t in rows[v]} for v in replacing if v != "mamba2"
             }
-        facts = {v: ledger.get(units.measured(v, () if v == "teacher" else layers)) for v in VARIANTS}
+        facts = {v: ledger.get(units.measured(v, () if v == "teacher" else layers)) for v in variants}
         entry["parameters"] = {v: fact["parameters"] for v, fact in facts.items()}
         entry["cache_bytes_per_token"] = {v: fact["cache_bytes_per_token"] for v, fact in facts.items()}
         whole = entry["cache_bytes_per_token"]["teacher"]
@@ -83,13 +93,13 @@ def _gain(other: list[float], own: list[float]) -> dict:
     return found | {"low": None if found["half_width"] is None else found["mean"] - found["half_width"]}
 
 
-def report(name: str, preset: Preset, ledger: Ledger) -> dict:
-    """Print the tables of a finished preset; what `results/real_weights.json` holds."""
-    table = table_of(preset, ledger)
+def report(name: str, preset: Preset, ledger: Ledger, variants: tuple[str, ...] = VARIANTS) -> dict:
+    """Print the tables of a preset's finished variants; what `results/real_weights_<preset>.json` holds."""
+    table = table_of(preset, ledger, variants)
     for layers, entry in table.items():
         for stage in STAGES:
             print(f"\nlayers {layers}, {stage} the end-to-end step: perplexity, mean loss in nats, share of the gap")
-            for variant in VARIANTS:
+            for variant in variants:
                 cells = [f"{text} {shown(entry['perplexity'][stage][variant][text]['values'])}" for text in TEXTS]
                 cells += [f"loss {shown(entry['loss'][stage][variant]['all']['values'])}"]
                 share = entry["share"][stage].get(variant)
@@ -99,11 +109,16 @@ def report(name: str, preset: Preset, ledger: Ledger) -> dict:
             print(f"  mamba2 better than {variant} by {shown(gain['all']['values'])} nats after the step")
         print(f"  key-value bytes saved: {entry['cache_saved']:.1%}")
     units = Units(preset)
-    records = [ledger.get(unit) for unit in units.all()]
+    records = [ledger.get(unit) for unit in units.all(variants)]
     seconds = {kind: sum(record[f"{kind}_seconds"] for record in records) for kind in ("cpu", "wall")}
     names = ("explained", "tokens", "parameters_of_a_mixer")
     fit = {name: ledger.get(units.fit)[name] for name in names}
-    return {"preset": name, "settings": asdict(preset), "notes": NOTES, "table": table, "fit": fit, "seconds": seconds}
+    facts = {"preset": name, "settings": asdict(preset), "notes": NOTES, "unfinished": _without(variants)}
+    return facts | {"table": table, "fit": fit, "seconds": seconds}
+
+
+def _without(variants: tuple[str, ...]) -> list[str]:
+    return [variant for variant in VARIANTS if variant not in variants]
 
 
 def show_plan(units: list[Unit], ledger: Ledger, workers: int) -> None:
@@ -130,7 +145,7 @@ def _tell(unit: Unit, record: dict) -> None:
 
 
 def main(words: list[str] | None = None) -> bool:
-    """Do what is missing; once all is there, print the tables and write `results/real_weights.json`."""
+    """Do what is missing, then print and write (`real_weights_<preset>.json`) the tables of what is finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset",
@@ -154,16 +169,13 @@ def main(words: list[str] | None = None) -> bool:
     show_plan(units, ledger, given.workers)
     if given.dry_run:
         return False
-    done = run_units(lambda ledger: units, work, ledger, given.workers, given.minutes, _tell)
-    if not done or any(ledger.get(unit) is None for unit in Units(preset).all()):
-        print("not all is done: start it again to go on")
-        return False
-    found = report(given.preset, preset, ledger)
-    written = results / "real_weights.json"
-    full = written.is_file() and json.loads(written.read_text())["preset"] == "full"
-    if given.preset == "full" or not full:
-        write("real_weights", found, results)
-    return True
+    run_units(lambda ledger: units, work, ledger, given.workers, given.minutes, _tell)
+    variants = complete(preset, ledger)
+    if set(COMPARED) <= set(variants):
+        write(f"real_weights_{given.preset}", report(given.preset, preset, ledger, variants), results)
+    if unfinished := _without(variants):
+        print(f"not all is done, {', '.join(unfinished)} to come: start it again to go on")
+    return not unfinished
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def small(parts, teacher, tmp_path, monkeypatch):
 
 def test_finished_units_are_not_run_again(parts, small, tmp_path, capsys):
     run, done = small
-    file, written = tmp_path / "real_weights.jsonl", tmp_path / "real_weights.json"
+    file, written = tmp_path / "real_weights.jsonl", tmp_path / "real_weights_smoke.json"
     assert run("--dry_run") is False and not file.exists()
     assert "19 units and" in capsys.readouterr().out  # teacher, rows, fit, maps, and 5 variants 3 times
     assert run("--minutes", "1e-6") is False and done == [] and not file.exists()
@@ -310,6 +310,22 @@ def test_finished_units_are_not_run_again(parts, small, tmp_path, capsys):
     assert again == first
 
 
+def test_the_tables_are_made_before_what_is_beside_the_target(parts, small, tmp_path, capsys):
+    run, _ = small
+    written = tmp_path / "real_weights_smoke.json"
+    assert run("--variants", "teacher", "dropped") is False and not written.exists()
+    assert run("--variants", "mamba2") is False
+    assert "linear, no attention to come" in capsys.readouterr().out
+    partial = json.loads(written.read_text())
+    assert partial["unfinished"] == ["linear", "no attention"]
+    entry = partial["table"]["1+3"]
+    assert set(entry["loss"]["after"]) == {"teacher", "dropped", "mamba2"} and entry["gain_over"]["after"] == {}
+    assert set(entry["share"]["after"]) == {"mamba2"}
+    assert run() is True
+    whole = json.loads(written.read_text())["table"]["1+3"]
+    assert whole["share"]["after"]["mamba2"] == entry["share"]["after"]["mamba2"]
+
+
 def test_presets_share_what_does_not_depend_on_the_difference(parts):
     units, preset = parts["_real_weights_units"].Units, _preset(parts)
     own = {unit.digest for unit in units(preset).all()}
@@ -324,7 +340,8 @@ def test_presets_share_what_does_not_depend_on_the_difference(parts):
 def test_the_tables_are_made_of_the_records(parts, small, tmp_path, capsys):
     run, _ = small
     assert run() is True
-    results = json.loads((tmp_path / "real_weights.json").read_text())
+    results = json.loads((tmp_path / "real_weights_smoke.json").read_text())
+    assert results["unfinished"] == []
     entry = results["table"]["1+3"]
     assert entry["cache_saved"] == pytest.approx(2 / DEPTH)
     assert len(entry["share"]["after"]["mamba2"]["all"]["values"]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_the_lines_alone_are_enough_and_files_that_are_gone_are_made_again(tmp_p
     (tmp_path / "lines.jsonl").unlink()
     again = Ledger(tmp_path / "cache", tmp_path / "lines.jsonl")
     assert again.get(units[0])["sum"] == 1 and "first" in (tmp_path / "lines.jsonl").read_text()
+
+
+def test_files_without_a_line_are_made_again(tmp_path):
+    units = chain(tmp_path)
+    run_units(lambda ledger: units, work, Ledger(tmp_path / "cache", tmp_path / "lines.jsonl"))
+    kept = tmp_path / "another" / "files"
+    shutil.copytree(tmp_path / "cache" / "files", kept)
+    assert run_units(lambda ledger: units, work, Ledger(kept.parent, tmp_path / "other.jsonl")) is True
+    assert runs(tmp_path) == ["1", "2", "3"] * 2
+    assert sorted(folder.name for folder in kept.iterdir()) == sorted(unit.digest for unit in units[:2])
 
 
 def test_lines_of_another_script_count_and_stay_there(tmp_path):

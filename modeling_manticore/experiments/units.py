@@ -270,6 +270,8 @@ def _in_place(work: Callable[[dict], dict], task: dict[str, Any]) -> dict[str, A
         digest = hashlib.sha256()
         for file in sorted(made.rglob("*.safetensors")):
             digest.update(file.name.encode() + file.read_bytes())
+        if target.is_dir():  # left by a ledger whose lines are not this one's
+            os.replace(target, Path(staged) / "earlier")
         os.replace(made, target)
     return record | {"fingerprint": digest.hexdigest()[:16]}
 
