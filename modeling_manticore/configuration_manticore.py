@@ -1,7 +1,6 @@
 """Configuration of a hybrid: which components it has, how they are cut into paths, and how the paths are joined."""
 
 import copy
-import os
 import re
 from contextlib import contextmanager
 from typing import Any
@@ -423,25 +422,6 @@ def _as_list(value: Any, field: str) -> list:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def move_into(staging: str, target: str) -> None:
-    """Move a saved checkpoint into a folder: weights, then their index, then the configuration; stale shards go."""
-
-    def rank(name: str) -> int:
-        first = (".safetensors", ".index.json")
-        return next((r for r, suffix in enumerate(first) if name.endswith(suffix)), 2 + (name == "config.json"))
-
-    if not os.path.isdir(target) or not os.listdir(target):
-        os.rename(staging, target)  # at once: a kill leaves the whole of it or nothing
-        return
-    fresh = sorted(os.listdir(staging), key=lambda name: (rank(name), name))
-    for name in fresh:
-        os.replace(os.path.join(staging, name), os.path.join(target, name))
-    if any(rank(name) == 0 for name in fresh):
-        for name in os.listdir(target):
-            if name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name):
-                os.remove(os.path.join(target, name))
 
 
 __all__ = ["ManticoreConfig"]

@@ -1,7 +1,6 @@
 """The models: a trunk of blocks (`ManticoreModel`), and the heads that make it a language model or a classifier."""
 
 import os
-import tempfile
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .cache_manticore import CACHE, ManticoreCache, describe
-from .configuration_manticore import AUTO_MAP, ManticoreConfig, OwnGenerationConfig, move_into
+from .configuration_manticore import AUTO_MAP, ManticoreConfig, OwnGenerationConfig
 from .forward_manticore import (
     ManticoreModelOutput,
     TrunkOutput,
@@ -35,6 +34,7 @@ from .forward_manticore import (
     weighted_sum,
 )
 from .mixing_manticore import Boundary, ManticoreBlock, Mixture, Projector, junctions, stream_of
+from .saving_manticore import staged
 from .sharing_manticore import all_are_watched, new_tables
 from .slicing_manticore import (
     ComponentBlueprint,
@@ -152,25 +152,20 @@ class ManticorePreTrainedModel(OutsideLoops, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """
-        As in transformers, but never half-written: everything goes to a temporary sibling first, which then takes its
-        name; in a folder with files it is moved file by file, weights first. Foreign files stay, stale shards go.
+        As in transformers, but never half-written: everything is written to a hidden folder first and then moved,
+        weights before the configuration. Foreign files stay, stale shards go.
         """
-        target = os.path.abspath(os.fspath(save_directory))
-        if os.path.isfile(target):
-            raise ValueError(f"save_directory: got the file {target}, allowed is a folder.")
-        parent, name = os.path.split(target)
-        os.makedirs(parent, exist_ok=True)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory: got the file {save_directory}, allowed is a folder.")
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", name)
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         self.config.auto_map = dict(AUTO_MAP)
         if type(self).__module__.startswith("torch."):  # FSDP's subclass: transformers would save its code and name
             type(self).__module__, type(self).__name__ = __name__, type(self).__name__.removeprefix("FSDP")
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = dict(sorted((self.state_dict() if state is None else state).items()))
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}.{os.getpid()}.") as staging:
-            super().save_pretrained(os.path.join(staging, name), is_main_process=is_main_process, **kwargs)
-            if is_main_process:
-                move_into(os.path.join(staging, name), target)
+        with staged(save_directory, keep=is_main_process) as folder:
+            super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)
 
 
 class ManticoreModel(ManticorePreTrainedModel):

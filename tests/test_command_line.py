@@ -66,6 +66,11 @@ QUICK = {
     "unlike": (["frobnicate"], 2, "command: got 'frobnicate', allowed are demo, plan"),
     "options": (["search", "--help"], 0, "usage: manticore search"),
     "option": (["search", "--stpes", "3"], 2, "--stpes: there is no such option; did you mean '--steps'?"),
+    "stray": (
+        ["discretize", "--model", "a", "--output_folder", "b", "--choice", "0", "1"],
+        2,
+        "got '1' after '--choice 0', which no option takes",
+    ),
     "missing": (["compose"], 2, "required: --components"),
     "value": (["evaluate", "--rows", "many"], 2, "invalid int value: 'many'"),
     "range": (

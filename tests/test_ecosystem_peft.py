@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, component, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -273,6 +273,52 @@ BAD = {
 def test_bad_input(model, overrides, message):
     with pytest.raises(ValueError, match=message):
         lora_config(model(), **overrides)
+
+
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "num_attention_heads": 1}
+
+
+def _added(model):
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        lambda model: get_peft_model(model, lora_config(model, r=2)),
+        lambda model: get_peft_model(model, PromptTuningConfig(**PROMPT)),
+        _added,
+    ],
+    ids=["lora", "prompt", "added"],
+)
+def test_a_hybrid_is_not_cut_out_from_under_its_adapters(adapted):
+    with pytest.raises(ValueError, match=r"model: it has adapters. Merge them \(`merge_and_unload`\) or remove them"):
+        discretize(adapted(supernet("llama", "gpt_neox")), [0, 1])
+
+
+def test_merged_adapters_are_cut_with_their_hybrid():
+    model = supernet("llama", "gpt_neox")
+    adapted = get_peft_model(model, lora_config(model, r=2, init_lora_weights=False))
+    assert discretize(adapted.merge_and_unload(), [0, 1]).config.is_discretized
+
+
+@pytest.mark.parametrize("family, name, matrix", [("llama", "embed_tokens", "q_proj"), ("gpt2", "wte", "c_attn")])
+def test_embeddings_are_adapted_by_their_usual_name(family, name, matrix):
+    untied = component(family, 0, tie_word_embeddings=False)
+    model = ManticoreForCausalLM.from_components([untied, component("mamba2", 1)], num_blocks=2)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[name, matrix], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    assert {path.split(".")[3] for path, _ in adapted.named_parameters() if "lora_embedding" in path} == {"stems"}
+    with torch.no_grad():
+        logits = adapted(input_ids=tokens()).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(tokens()).logits, logits)
+
+
+def test_prompts_are_tuned_with_a_number_of_heads(tmp_path):
+    adapted = get_peft_model(discretize(supernet("llama", "gpt_neox"), [0, 1]), PromptTuningConfig(**PROMPT))
+    adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
 
 
 def test_the_package_does_not_import_peft():

@@ -100,3 +100,16 @@ def test_the_cache_is_taken_by_its_new_name_too():
     assert torch.equal(hybrid(ids[:, 6:7], cache=caches[1]).logits, old) and caches[1].get_seq_length() == 7
     with pytest.raises(ValueError, match="cache: got one beside past_key_values"):
         hybrid(ids[:, 7:8], cache=caches[0], past_key_values=caches[1])
+
+
+def test_settings_that_hybrids_refuse_are_not_taken_over_from_a_component():
+    given = component("llama")
+    given.generation_config.update(cache_implementation="hybrid", prompt_lookup_num_tokens=3, max_new_tokens=2)
+    ids = {"input_ids": tokens()[:1], "attention_mask": torch.ones_like(tokens()[:1]), "pad_token_id": 0}
+    recurrent = ManticoreForCausalLM.from_components([given, component("mamba2")], num_blocks=2)
+    settings = recurrent.generation_config
+    assert settings.cache_implementation is None and settings.prompt_lookup_num_tokens is None
+    assert recurrent.generate(**ids).shape[1] == tokens().shape[1] + 2
+    plain = ManticoreForCausalLM.from_components([given, component("gpt_neox")], num_blocks=2)
+    assert plain.generation_config.prompt_lookup_num_tokens == given.generation_config.prompt_lookup_num_tokens == 3
+    assert plain.generate(**ids).shape[1] == tokens().shape[1] + 2

@@ -1,16 +1,22 @@
 """Saving is all or nothing: stale shards go, foreign files stay, a failure leaves what was there."""
 
 import json
+import os
+import re
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import component, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig
 from travelling import TRAVELLING
 
 from modeling_manticore import ManticoreForCausalLM
+from modeling_manticore.hub.contents import stale_pattern
 
 
 CODE = set(TRAVELLING)
@@ -62,6 +68,66 @@ def test_stale_shards_go_and_foreign_files_stay(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits)
+
+
+def test_weights_of_another_name_or_variant_stay(tmp_path):
+    model = ManticoreForCausalLM.from_components([component("gpt_neox"), component("llama")], num_blocks=2)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = {file.name for file in tmp_path.glob("model*.safetensors*")}
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model.fp16-*"))) > 2 and (tmp_path / "model.safetensors.index.fp16.json").exists()
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert {file.name for file in tmp_path.glob("model*.safetensors*")} == shards | {"model.fp16.safetensors"}
+    logits = model(tokens()).logits
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("model*.safetensors*")} == shards | {"model.fp16.safetensors"}
+    (tmp_path / "adapter_config.json").unlink()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, logits)
+
+
+def test_a_repository_loses_only_earlier_files_of_the_weights_that_are_pushed():
+    shard, index = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+    there = [shard, index, "model.safetensors", "model.fp16.safetensors", "adapter_model.safetensors", "x/" + shard]
+
+    def gone(*pushed):
+        return [path for path in there if path not in pushed and re.fullmatch(stale_pattern(pushed), path)]
+
+    assert gone("model.safetensors", "config.json") == [shard, index]
+    assert gone(shard, index) == ["model.safetensors"]
+    assert gone("x/model.safetensors") == ["x/" + shard]
+    assert gone("model.fp16-00001-of-00002.safetensors") == ["model.fp16.safetensors"]
+    assert gone("adapter_model.safetensors") == gone("config.json") == []
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_folder_that_exists_is_filled_and_not_replaced(model, tmp_path, monkeypatch, used):
+    """It may be the current one, behind a link, a mount, or in a folder that only others may write to."""
+    folder, link = tmp_path / "parent" / "here", tmp_path / "link"
+    folder.mkdir(parents=True)
+    if used:
+        (folder / "notes.txt").write_text("mine")
+    folder.chmod(0o2775)
+    before = folder.stat()
+    monkeypatch.chdir(folder)
+    made = []
+    really = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: made.append(really(*a, **k)) or made[-1])
+    model.save_pretrained(".")
+    assert os.getcwd() == str(folder) and (folder.stat().st_ino, folder.stat().st_mode) == (
+        before.st_ino,
+        before.st_mode,
+    )
+    link.symlink_to(folder)
+    model.save_pretrained(link)
+    assert link.is_symlink() and [Path(name).parent for name in made] == [folder, folder]
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] == ".") == []
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(".")(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_long_name(model, tmp_path):
+    model.save_pretrained(tmp_path / ("n" * 250))
+    assert (tmp_path / ("n" * 250) / "config.json").is_file()
 
 
 def test_a_failure_leaves_the_folder_as_it_was(model, tmp_path, monkeypatch):

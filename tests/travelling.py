@@ -8,6 +8,7 @@ TRAVELLING = (
     "hollow_manticore.py",
     "mixing_manticore.py",
     "modeling_manticore.py",
+    "saving_manticore.py",
     "scan_manticore.py",
     "sharing_manticore.py",
     "slicing_manticore.py",

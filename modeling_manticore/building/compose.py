@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_manticore import ManticoreConfig
@@ -78,9 +78,21 @@ def from_components(
     owned = [source.model is None for source in sources]
     model = assemble(cls, config, dtype, lambda k, part: sources[k].load(dtype, part), owned, plan.transplants)
     if model.can_generate():
-        model.generation_config = plan.generation_config(sources[tokenizer_from].generation_config())
+        given = plan.generation_config(sources[tokenizer_from].generation_config())
+        model.generation_config = _without_refused(given, model._is_stateful)
     model.transplant_report = plan.report
     return model
+
+
+def _without_refused(settings: GenerationConfig, is_stateful: bool) -> GenerationConfig:
+    """A component's settings without caches and assistants that hybrids refuse, so that `generate` needs no others."""
+    refused = ["prompt_lookup_num_tokens", "assistant_early_exit"] if is_stateful else []
+    refused += ["cache_implementation"] if settings.cache_implementation not in (None, "dynamic") else []
+    for name in refused:
+        if getattr(settings, name) is not None:
+            logger.warning(f"generation_config: {name}={getattr(settings, name)!r} is left out, hybrids refuse it.")
+            setattr(settings, name, None)
+    return settings
 
 
 def assemble(

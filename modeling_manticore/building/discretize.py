@@ -14,6 +14,7 @@ from .calibrate import ORDERS, calibrate, in_projectors_of, out_projectors_of
 from .compose import set_tensor
 from .costs import Budget, cost_table
 from .limits import argmax_under
+from .sources import refuse_adapters
 from .texts import batches_of
 
 
@@ -50,8 +51,9 @@ def discretize(
 
     Raises:
         ValueError: the choice does not fit the blocks or the budget (names the smallest feasible value), or bad
-            calibration text; before anything is built.
+            calibration text, or adapters that are not merged; before anything is built.
     """
+    refuse_adapters("model", model)
     config = model.config
     chosen = _choice(model, choice, budget)
     if order not in ORDERS:

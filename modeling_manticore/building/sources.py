@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -205,11 +206,25 @@ def _check_model(where: str, model: PreTrainedModel) -> None:
         return  # the configuration says why it is refused
     if type(model) is not (family[0] if isinstance(family, (tuple, list)) else family):
         raise ValueError(f"{where}: got {type(model).__name__}, allowed is the causal language model of its family.")
-    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(f"{where}: it has adapters. Merge them (`merge_and_unload`) or remove them first.")
+    refuse_adapters(where, model)
     base = getattr(model, model.base_model_prefix, None)
     if base is not None:
         find_layers(base, model.config)
+
+
+def refuse_adapters(where: str, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the model has adapters, of `add_adapter` or `get_peft_model`.
+    """
+    wrapped = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "active_peft_config")
+    if wrapped or any(map(is_adapted, model.modules())):
+        raise ValueError(f"{where}: it has adapters. Merge them (`merge_and_unload`) or remove them first.")
+
+
+def is_adapted(module: nn.Module | None) -> bool:
+    """Whether it is an adapter of PEFT around a layer."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 
 
 def _check_folder(where: str, folder: Path, variant: str | None) -> None:

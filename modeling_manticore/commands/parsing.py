@@ -101,9 +101,16 @@ def parse_options(kinds: tuple[type, ...], arguments: list[str], command: str, e
         arguments = _as_flags(parser, Path(arguments[0])) + arguments[1:]
     _refuse_unknown(parser, arguments)
     try:
-        return parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+        *made, rest = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
     except TypeError as error:
         raise ValueError(str(error)) from error
+    if rest:
+        before = arguments[max(arguments.index(rest[0]) - 2, 0) : arguments.index(rest[0])]
+        after = f" after {' '.join(before)!r}" if before else ""
+        raise ValueError(f"got {rest[0]!r}{after}, which no option takes; {parser.prog} --help shows their forms.")
+    return tuple(made)
 
 
 def parser_of(kinds: tuple[type, ...], command: str, epilog: str | None = None) -> OptionParser:

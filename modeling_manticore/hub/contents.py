@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 import yaml
+
+from ..saving_manticore import weights_of
 
 
 PARTS = (
@@ -18,6 +20,7 @@ PARTS = (
     "hollow",
     "mixing",
     "modeling",
+    "saving",
     "scan",
     "sharing",
     "slicing",
@@ -31,7 +34,6 @@ ALLOWED_NAMES = ("LICENSE", "NOTICE", "COPYING")
 RUN_FILES = ("trainer_state.json", "strategy_state.json")
 DESCRIPTIONS = ("config.json", "generation_config.json", "adapter_config.json")
 MODEL_KEYS = ("base_model_name_or_path", "name_or_path", "repo", "source")
-STALE = r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 ABSOLUTE = re.compile(r"(?:~[\\/]|/|[A-Za-z]:[\\/]|\\\\|file://)[^\s]*[\w.]")
 # In running text only what begins like a path of this or a usual machine; "/" has other uses there.
@@ -79,6 +81,21 @@ def sorted_out(folder: Path, recursive: bool = False) -> tuple[dict[str, Path], 
             raise ValueError(f"{name}: it holds a pickle or an archive under an innocent name; it is not pushed.")
         files[name] = path
     return files, left
+
+
+def stale_pattern(paths: Iterable[str]) -> str:
+    """A pattern of paths in a repository: whole, shards and index of all weights among the paths that are pushed."""
+    patterns = set()
+    for path in paths:
+        folder, slash, name = path.rpartition("/")
+        if name.endswith(".safetensors") and (found := weights_of(name)):
+            base, variant = found[0], "" if found[1] is None else f".{found[1]}"
+            start, variant = re.escape(folder + slash + base), re.escape(variant)
+            patterns |= {
+                rf"{start}{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors",
+                rf"{start}\.safetensors\.index{variant}\.json",
+            }
+    return "|".join(sorted(patterns)) or "(?!)"
 
 
 def pictures_of(card: Path) -> dict[str, Path]:

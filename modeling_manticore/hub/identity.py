@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..building.names import check_name
+from ..saving_manticore import staging_place
 from .contents import CARRIED, is_pickle_name
 from .staging import remove_stale
 from .transfer import call
@@ -47,7 +48,7 @@ def stamp(config: PreTrainedConfig) -> None:
 def stamped(save_pretrained):
     """
     `save_pretrained` of the models with the stamp, for use where this package is installed. What a killed run of ours
-    left beside the target goes first, and `push_to_hub=True` pushes as `model.push_to_hub` does.
+    left beside the target, or in it, goes first, and `push_to_hub=True` pushes as `model.push_to_hub` does.
     """
 
     @functools.wraps(save_pretrained)
@@ -56,8 +57,8 @@ def stamped(save_pretrained):
         push = kwargs.pop("push_to_hub", False)
         pushing = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push else {}
         if is_main_process:
-            parent, name = os.path.split(os.path.abspath(os.fspath(save_directory)))
-            remove_stale(Path(parent), f".{name}.")
+            place, prefix = staging_place(save_directory)
+            remove_stale(Path(place), prefix)
         save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
         if push and is_main_process:
             repo = pushing.pop("repo_id", None) or Path(os.path.abspath(os.fspath(save_directory))).name

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .contents import (
-    STALE,
     clean_files,
     is_local,
     local_paths,
@@ -20,6 +19,7 @@ from .contents import (
     pictures_of,
     refuse_local_paths,
     sorted_out,
+    stale_pattern,
 )
 from .short_card import short_card
 from .staging import staging_folder
@@ -217,7 +217,7 @@ def _send(
         files[CARD].write_text(short_card(repo_id, files, tags or []), encoding="utf-8")
         kept = [CARD]
     sent = {f"{place}/{name}".lstrip("/"): str(path) for place in places for name, path in files.items()}
-    request = {"repo_id": repo_id, "files": sent, "kept": kept, "stale": STALE} | options
+    request = {"repo_id": repo_id, "files": sent, "kept": kept, "stale": stale_pattern(sent)} | options
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"folder: it has no safetensors file (left behind: {left[:5]}).")
     done = call("push", request, needs_token=True, **calling)

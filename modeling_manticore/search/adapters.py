@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..building.sources import is_adapted
 from ..mixing_manticore import ManticorePath, Mixture, Projector
 from .stages import is_a, unwrap
 
@@ -67,7 +68,7 @@ def lora_config(model: nn.Module, **overrides: Any) -> "LoraConfig":
     from peft.tuners.tuners_utils import check_target_module_exists
 
     hybrid = unwrap(model)
-    if any(_is_adapted(module) for module in hybrid.modules()):
+    if any(is_adapted(module) for module in hybrid.modules()):
         raise ValueError("model: got a hybrid with adapters, allowed is one without (`merge_and_unload` them first).")
     fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     for name in overrides:
@@ -115,9 +116,9 @@ def check_adapters(model: nn.Module) -> None:
     found = {
         f"{name}.{child}": reason
         for name, owner in model.named_modules()
-        if any(_is_adapted(module) for module in owner.children())
+        if any(is_adapted(module) for module in owner.children())
         for child, reason in _unreached_children(owner).items()
-        if _is_adapted(owner._modules[child])
+        if is_adapted(owner._modules[child])
     }
     _refuse(list(found), found)
 
@@ -191,10 +192,6 @@ def _tell_of_experts(hybrid: nn.Module) -> None:
             f"{len(names)} expert matrices get no adapter, they are three-dimensional parameters and not modules: "
             f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}. PEFT's `target_parameters` can name them."
         )
-
-
-def _is_adapted(module: nn.Module | None) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
 
 
 def _refuse(names: list[str], reasons: dict[str, str]) -> None:
