@@ -165,7 +165,7 @@ def two_domains_row() -> tuple[str, str]:
 
 def real_weights_row() -> tuple[str, str]:
     """Attention layers of a published model replaced by Mamba-2."""
-    found = result("real_weights_short")
+    found = result("real_weights_full")
     shares = [found["table"][layers]["share"]["after"]["mamba2"]["all"] for layers in ("15", "10+15+20")]
     fit, train = (found["settings"][name] for name in ("fit_tokens", "train_tokens"))
     return (
