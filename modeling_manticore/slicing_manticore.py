@@ -146,7 +146,7 @@ class ComponentBlueprint:
                 setattr(owner, name, 1.0)
         embedding = base.get_input_embeddings()
         parent, leaf_name = owner_of(base, next(name for name, module in base.named_modules() if module is embedding))
-        _neutralise(parent, (leaf_name,))
+        parent._modules[leaf_name] = nn.Identity()
         before = self.layers_name.rpartition(".")[0]
         ends = [f"{before}.{name}.".removeprefix(".") for name in FINAL_NORMS + AFTER_LAST]
         allowed = (f"{self.layers_name}.", *ends)
