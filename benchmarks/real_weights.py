@@ -59,7 +59,7 @@ def share_of_gap(dropped: list[float], own: list[float], teacher: list[float]) -
     return [(d - o) / (d - t) for d, o, t in zip(dropped, own, teacher, strict=True)]
 
 
-def table_of(preset: Preset, ledger: Ledger, variants: tuple[str, ...] = VARIANTS) -> dict:
+def table_of(preset: Preset, ledger: Ledger, variants: tuple[str, ...]) -> dict:
     """Losses, shares of the gap, cache and parameters of finished variants, for each set of layers."""
     losses, units, table = losses_of(preset, ledger, variants), Units(preset), {}
     replacing = [variant for variant in variants if variant not in ("teacher", "dropped")]
@@ -93,7 +93,7 @@ def _gain(other: list[float], own: list[float]) -> dict:
     return found | {"low": None if found["half_width"] is None else found["mean"] - found["half_width"]}
 
 
-def report(name: str, preset: Preset, ledger: Ledger, variants: tuple[str, ...] = VARIANTS) -> dict:
+def report(name: str, preset: Preset, ledger: Ledger, variants: tuple[str, ...]) -> dict:
     """Print the tables of a preset's finished variants; what `results/real_weights_<preset>.json` holds."""
     table = table_of(preset, ledger, variants)
     for layers, entry in table.items():
@@ -150,7 +150,7 @@ def main(words: list[str] | None = None) -> bool:
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="short",
+        default="full",
         help="full: the tokens of the protocol, hours; short: a fraction of them; smoke: too few to say anything",
     )
     parser.add_argument(

@@ -26,20 +26,19 @@ def staged(save_directory: str | os.PathLike, keep: bool = True) -> Iterator[str
         keep: False on processes that do not save; nothing of theirs is kept.
     """
     target = os.path.realpath(save_directory)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    place, prefix = staging_place(target) if keep else (None, None)
-    with tempfile.TemporaryDirectory(dir=place, prefix=prefix and f"{prefix}{os.getpid()}.") as folder:
+    parent = os.path.dirname(target)
+    os.makedirs(parent, exist_ok=True)
+    place = (target if os.path.isdir(target) else parent) if keep else None
+    with tempfile.TemporaryDirectory(dir=place, prefix=f"{staging_prefix(target)}{os.getpid()}.") as folder:
         made = os.path.join(folder, "made")
         yield made
         if keep:
             _move(made, target)
 
 
-def staging_place(save_directory: str | os.PathLike) -> tuple[str, str]:
-    """The folder in which a checkpoint is written first, and what the name there begins with, before a process id."""
-    parent, name = os.path.split(os.path.realpath(save_directory))
-    target = os.path.join(parent, name)
-    return target if os.path.isdir(target) else parent, f".{name[:50]}."
+def staging_prefix(target: str | os.PathLike) -> str:
+    """What the name of a folder in which a checkpoint is written first begins with, before the process id."""
+    return f".{os.path.basename(target)[:50]}."
 
 
 def _move(made: str, target: str) -> None:
@@ -67,4 +66,4 @@ def weights_of(name: str) -> tuple[str, str | None] | None:
     return (found["base"], found["variant"] or found["of"]) if found else None
 
 
-__all__ = ["staged", "staging_place", "weights_of"]
+__all__ = ["staged", "staging_prefix", "weights_of"]

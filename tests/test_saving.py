@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -114,15 +116,22 @@ def test_a_folder_that_exists_is_filled_and_not_replaced(model, tmp_path, monkey
     really = tempfile.mkdtemp
     monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: made.append(really(*a, **k)) or made[-1])
     model.save_pretrained(".")
-    assert os.getcwd() == str(folder) and (folder.stat().st_ino, folder.stat().st_mode) == (
-        before.st_ino,
-        before.st_mode,
-    )
+    after = folder.stat()
+    assert os.getcwd() == str(folder) and (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
     link.symlink_to(folder)
     model.save_pretrained(link)
     assert link.is_symlink() and [Path(name).parent for name in made] == [folder, folder]
     assert sorted(path.name for path in folder.iterdir() if path.name[0] == ".") == []
     assert torch.equal(AutoModelForCausalLM.from_pretrained(".")(tokens()).logits, model(tokens()).logits)
+
+
+def test_what_killed_saves_left_beside_and_in_a_folder_goes(model, tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = f".hybrid.{int(dead.stdout)}.abc"
+    for place in (tmp_path, tmp_path / "hybrid"):
+        (place / left).mkdir(parents=True)
+    model.save_pretrained(tmp_path / "hybrid")
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_long_name(model, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..building.names import check_name
-from ..saving_manticore import staging_place
+from ..saving_manticore import staging_prefix
 from .contents import CARRIED, is_pickle_name
 from .staging import remove_stale
 from .transfer import call
@@ -57,8 +57,9 @@ def stamped(save_pretrained):
         push = kwargs.pop("push_to_hub", False)
         pushing = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push else {}
         if is_main_process:
-            place, prefix = staging_place(save_directory)
-            remove_stale(Path(place), prefix)
+            target = Path(os.path.realpath(save_directory))
+            for place in (target.parent, target):
+                remove_stale(place, staging_prefix(target))
         save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
         if push and is_main_process:
             repo = pushing.pop("repo_id", None) or Path(os.path.abspath(os.fspath(save_directory))).name
