@@ -62,14 +62,18 @@ def make_components(folder: Path, megabytes: int, shards: str) -> list[Path]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: private anonymous pages, and resident pages of safetensors files."""
+    """
+    Bytes of this process: private anonymous pages, and resident pages of safetensors files. The kernel's own sum has
+    the former: in `smaps`, read in pieces, a mapping that has grown since the last piece stands twice.
+    """
     found, name = {"private": 0, "file": 0}, ""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            found["private"] = int(line.split()[1]) * 1024
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):
             name = words[5] if len(words) > 5 else ""
-        elif words[0] == "Anonymous:":
-            found["private"] += int(words[1]) * 1024
         elif words[0] == "Rss:" and name.endswith(".safetensors"):
             found["file"] += int(words[1]) * 1024
     return found
